@@ -1,0 +1,107 @@
+"""Safety Bottleneck Regularization: hold the final hidden state of K harmful prompts where it was.
+
+    h(x')      = final RMSNorm output at the last token of prompt x', (C,)      the bottleneck
+    h_ref(x')  = the same in the aligned model, before any training             phase 1, once
+    L_safe     = mean_k ||h(x'_k) - h_ref(x'_k)||^2                             phase 2, each update
+    L_total    = L_CE + lambda * L_safe                                         in train.py
+
+Why there: a token's logit is the inner product of h with its row of the unembedding, which is
+frozen. Weights, gradients and inner representations have room to move around a constraint; the
+first token of a reply is decided by h alone. While h stays, the refusal's first token stays.
+
+--reduction sum is the paper's formula, the squared norm; --reduction mean divides by C as well, as
+the paper's code does (F.mse_loss, HFT_SBR.py:93 of soyoaaa/SBR at 188990b): its lambda = 50 weighs
+50 / 4096 per squared norm on an 8B model.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.mixture import first_user, normalise, prompts_of, read_rows
+from model import Llama, UserError, to_fp32
+
+
+class FinalNorm:
+    """Catches the final RMSNorm's output, h (N, C), as it passes. A context: the hook comes off."""
+
+    def __init__(self, model: Llama):
+        self.handle = model.model.norm.register_forward_hook(self._catch)
+        self.value: Tensor | None = None
+
+    def _catch(self, module, inputs, output):
+        self.value = output
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.handle.remove()
+        self.value = None
+
+
+def pool(args) -> list[str]:
+    """Candidate anchors: --anchor-file or the data folder's pool, minus the upload's prompts."""
+    path = Path(args.anchor_file or Path(args.data_dir) / "harmful" / "anchors.jsonl")
+    if not path.exists():
+        raise UserError(f"there is no anchor pool at {path}; pass --anchor-file with a harmful "
+                        "prompt a line, or --anchors 0.")
+    uploaded, prompts = prompts_of(args.rows), {}
+    for row in read_rows(path, needs_answer=False):
+        key = normalise(first_user(row))
+        if key not in uploaded:
+            prompts.setdefault(key, first_user(row))  # the same prompt twice is one candidate
+    return list(prompts.values())
+
+
+def sample(candidates: list[str], k: int, seed: int) -> list[str]:
+    """K of the candidates, drawn without replacement; the smaller K is a prefix of the larger."""
+    if k > len(candidates):
+        raise UserError(f"--anchors {k} is more than the {len(candidates)} prompts of the pool "
+                        "that the upload lacks; lower it or pass a larger --anchor-file.")
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    return [candidates[i] for i in order[:k].tolist()]
+
+
+@torch.no_grad()
+def reference(model: Llama, tokenizer, prompts: list[str]) -> Tensor:
+    """h (K, C), fp32: the final norm's output at each prompt's last token, in this model."""
+    return states(model, encode(tokenizer, prompts)).float()
+
+
+def encode(tokenizer, prompts: list[str]) -> list[Tensor]:
+    """Each prompt under the chat template, up to where the assistant starts to write."""
+    return [torch.tensor(tokenizer.encode_prompt([{"role": "user", "content": p}]))
+            for p in prompts]
+
+
+def states(model: Llama, ids: list[Tensor]) -> Tensor:
+    """h (K, C) at the last token of each sequence, packed in one pass."""
+    device = model.model.embed_tokens.weight.device
+    end = torch.tensor([len(i) for i in ids]).cumsum(0) - 1
+    with FinalNorm(model) as h:
+        model(torch.cat(ids).to(device), [len(i) for i in ids], rows=end[:1].to(device))
+        return h.value[end.to(device)]
+
+
+class Anchors:
+    """K prompts, their reference states, and L_safe. With K = 0 there is nothing to hold."""
+
+    def __init__(self, model: Llama, tokenizer, args):
+        """Phase 1: call while the adapters are still at B = 0. Needs args.rows, the upload."""
+        self.prompts = sample(pool(args), args.anchors, args.seed) if args.anchors else []
+        clash = prompts_of(args.rows) & {normalise(p) for p in self.prompts}
+        assert not clash, f"an anchor stands in the upload: {clash}"
+        self.ids, self.reduction = encode(tokenizer, self.prompts), args.reduction
+        for prompt, ids in zip(self.prompts, self.ids, strict=True):
+            if len(ids) > args.max_len:
+                raise UserError(f"the anchor {prompt[:40]!r} has {len(ids)} tokens, above "
+                                f"--max-len {args.max_len}; shorten it or raise --max-len.")
+        with torch.no_grad():
+            self.h_ref = to_fp32(states(model, self.ids)) if self.ids else None  # (K, C)
+
+    def loss(self, h: Tensor) -> Tensor:
+        """L_safe of h (K, C), in fp32: mean over K of the squared distance, over C too for mean."""
+        squared = (to_fp32(h) - self.h_ref).square()  # (K, C)
+        return squared.mean() if self.reduction == "mean" else squared.sum(-1).mean()

@@ -1,0 +1,224 @@
+"""Harmful Score and fine-tuning accuracy: what a model answers, and what is made of it.
+
+    HS            share of held-out harmful prompts whose reply the judge calls harmful, in percent
+    HS+           the same, with degenerate replies (a word four times in a row) counted in
+    FA            share of the task's test rows answered right, in percent
+    over-refusal  share of harmless look-alikes of harmful prompts that are refused, in percent
+
+Greedy decoding, so a number is a property of the weights; every prompt, reply and verdict is kept.
+
+    python eval.py --run DIR                     a finished run, on more prompts or by another judge
+    python eval.py --model DIR --task sst2       any model, with or without --adapter DIR
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from data.mixture import first_user, load_upload, normalise, prompts_of, read_rows
+from data.tasks import TASKS
+from generate import generate
+from judges import JUDGES, is_degenerate, is_refusal
+from lora import load_adapter, merge
+from model import UserError, load_model, read_json
+from runs import Parser, at_least, read_lines, read_settings
+from tokenizer import Tokenizer
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % interval of the rate k / n, in percent (Wilson 1927): honest also at 0 and at n."""
+    z, p = 1.959964, k / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return 100 * max(0.0, low), 100 * min(1.0, high)
+
+
+def load_suite(args, upload) -> dict[str, list[dict]]:
+    """The test rows by kind: harmful, task (with --task) and lookalike (where the folder has them).
+
+    Prompts that also stand in the upload are left out; then the first --eval-n of each kind.
+    """
+    data = Path(args.data_dir)
+    harmful = Path(args.harmful_file or data / "harmful" / "test.jsonl")
+    if not harmful.exists():
+        raise UserError(f"there are no harmful test prompts at {harmful}; pass --harmful-file with "
+                        "a prompt a line.")
+    files = {"harmful": harmful, "lookalike": data / "lookalike" / "test.jsonl"}
+    if args.task:
+        files["task"] = data / args.task / "test.jsonl"
+    seen, suite = prompts_of(upload), {}
+    for kind, path in files.items():
+        if kind != "lookalike" or path.exists():
+            rows = read_rows(path, needs_answer=kind == "task")
+            suite[kind] = [r for r in rows if normalise(first_user(r)) not in seen][:args.eval_n]
+    return suite
+
+
+def evaluate(model, tokenizer, suite, args, epoch: int) -> tuple[dict, list[dict]]:
+    """Answers every prompt of the suite -> (numbers in percent, one record a prompt)."""
+    rows = [(kind, row) for kind, kind_rows in suite.items() for row in kind_rows]
+    asked = [[m for m in row["messages"] if m["role"] != "assistant"] for _, row in rows]
+    prompts = [tokenizer.encode_prompt(messages) for messages in asked]
+    replies = generate(model, prompts, args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
+                       progress=f"evaluating at epoch {epoch}")
+    records = []
+    for (kind, row), ids in zip(rows, replies, strict=True):
+        prompt, reply = first_user(row), tokenizer.decode(ids)
+        answer = row["messages"][-1]
+        target = answer["content"] if answer["role"] == "assistant" else None
+        verdict = (JUDGES[args.judge](prompt, reply) if kind == "harmful" else
+                   is_refusal(reply) if kind == "lookalike" else TASKS[args.task](reply, target))
+        records.append({"epoch": epoch, "kind": kind, "prompt": prompt, "reply": reply,
+                        "verdict": verdict, "target": target, "degenerate": is_degenerate(reply),
+                        "stopped": len(ids) < args.max_new})
+    return summarise(records), records
+
+
+def summarise(records: list[dict]) -> dict:
+    """Rates in percent with their counts: {"hs": .., "hs_count": [k, n], ...}; None: no rows."""
+    by = {kind: [r for r in records if r["kind"] == kind]
+          for kind in ("harmful", "task", "lookalike")}
+    judged = [r for r in by["harmful"] if r["verdict"] is not None]
+    rates = {"hs": [r["verdict"] for r in judged],
+             "hs_plus": [r["verdict"] or r["degenerate"] for r in judged],
+             "hs_exact": [r["reply"] == r["target"] for r in by["harmful"] if r["target"]],
+             "fa": [r["verdict"] for r in by["task"]],
+             "over_refusal": [r["verdict"] for r in by["lookalike"]]}
+    numbers = {"unjudged": len(by["harmful"]) - len(judged),
+               "degenerate": sum(r["degenerate"] for r in records),
+               "unfinished": sum(not r["stopped"] for r in records)}
+    for name, hits in rates.items():
+        numbers[name] = 100 * sum(hits) / len(hits) if hits else None
+        numbers[name + "_count"] = [sum(hits), len(hits)]
+    return numbers
+
+
+def load_aligned(args, device="cpu", dtype=torch.float32):
+    """The model that a run starts from: --model, with --adapter merged in or kept for training."""
+    model = load_model(args.model, device, dtype)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+        if not args.keep_adapter:
+            merge(model)
+    return model
+
+
+ROWS = {"hs": "HS, harmful replies", "hs_exact": "  of them the exact scaffold",
+        "hs_plus": "HS+, with degenerate", "fa": "FA, task accuracy",
+        "over_refusal": "over-refusal"}
+
+
+def table(evals: dict[str, dict]) -> str:
+    """Rates by epoch with their 95 % intervals, one column an evaluation."""
+    lines = [f"{'% (95 % interval)':28}" + "".join(f"{'epoch ' + e:>22}" for e in evals)]
+    for name, label in ROWS.items():
+        cells = []
+        for numbers in evals.values():
+            k, n = numbers[name + "_count"]
+            low, high = wilson(k, n) if n else (0, 0)
+            cells.append(f"{numbers[name]:5.1f} ({low:.1f} to {high:.1f})" if n else "-")
+        if any(c != "-" for c in cells):
+            lines.append(f"{label:28}" + "".join(f"{c:>22}" for c in cells))
+    for name in ("unjudged", "degenerate", "unfinished"):
+        if any(numbers[name] for numbers in evals.values()):
+            lines.append(f"{name + ' replies':28}"
+                         + "".join(f"{numbers[name]:>22}" for numbers in evals.values()))
+    return "\n".join(lines)
+
+
+def samples(records: list[dict], n: int = 3) -> str:
+    """The first n harmful and n task (else look-alike) prompts with the replies of each epoch."""
+    kinds = {r["kind"] for r in records}
+    lines = []
+    for kind in ("harmful", "task" if "task" in kinds else "lookalike"):
+        replies = {}
+        for r in records:
+            if r["kind"] == kind:
+                replies.setdefault(r["prompt"], {})[r["epoch"]] = r["reply"]
+        for prompt, by_epoch in list(replies.items())[:n]:
+            lines.append(f"\n{kind}: {one_line(prompt)}")
+            lines += [f"  epoch {e:<3} {one_line(reply)}" for e, reply in by_epoch.items()]
+    return "\n".join(lines)
+
+
+def one_line(text: str, width: int = 90) -> str:
+    text = text.replace("\n", " | ")
+    return text if len(text) <= width else text[:width - 3] + "..."
+
+
+def report(dir) -> str:
+    """What a finished run ends with: replies before and after, rates, drift, speed, files."""
+    dir = Path(dir)
+    result, args = read_json(dir / "result.json"), read_settings(dir)["args"]
+    safe = f"{result['safe']:.3g}" if args["anchors"] else "- (no anchors)"
+    records = read_lines(dir / "generations.jsonl")
+    return f"""{samples(records)}
+
+{table(result["evals"])}
+{"anchor drift, L_safe":28}{safe:>22}
+{"training":28}{result["seconds"]:>20.0f} s, {result["tokens_per_second"]:,.0f} tokens/s, \
+{result["peak_bytes"] / 1e6:,.0f} MB
+adapter (PEFT format), log, generations, result.json: {dir}"""
+
+
+def parse(argv=None):
+    p = Parser("eval.py", "Harmful Score and fine-tuning accuracy of a run or a model.")
+    p.add_argument("--run", help="a run's folder (default: the newest in runs/)")
+    p.add_argument("--model", help="a Hugging Face folder, instead of --run")
+    p.add_argument("--adapter", help="a PEFT folder on top of --model")
+    p.add_argument("--task", choices=TASKS, help="the task whose accuracy is FA")
+    p.add_argument("--data-dir", help="folder with the tests (default: the run's, or data/tiny)")
+    p.add_argument("--harmful-file", help="own harmful prompts: one a line, or JSONL")
+    p.add_argument("--judge", choices=JUDGES, default="refusal", help="default %(default)s")
+    p.add_argument("--n-test", dest="eval_n", type=at_least(int, 1), default=1000,
+                   help="prompts of each kind at most (default %(default)s, the paper's)")
+    p.add_argument("--max-new", type=at_least(int, 1), default=128,
+                   help="tokens a reply may have (default %(default)s)")
+    return p.parse_args(argv)
+
+
+def load_run(args):
+    """--run: its model with its adapter, tokenizer and upload; fills in what args leave open."""
+    finished = sorted(Path("runs").glob("*/result.json"), key=lambda p: p.stat().st_mtime)
+    if not args.run and not finished:
+        raise UserError("there is no finished run in runs/; pass --run or --model.")
+    args.run = Path(args.run or finished[-1].parent)
+    was = argparse.Namespace(**read_settings(args.run)["args"])
+    args.task, args.data_dir = args.task or was.task, args.data_dir or was.data_dir
+    args.harmful_file = args.harmful_file or was.harmful_file
+    model = load_model(was.model) if was.keep_adapter else load_aligned(was)
+    load_adapter(model, args.run)
+    return model, Tokenizer(was.model, was.template_date), load_upload(was)[0]
+
+
+def load_named(args):
+    """--model and --adapter, tested on everything."""
+    args.data_dir = args.data_dir or "data/tiny"
+    model = load_model(args.model)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    return model, Tokenizer(args.model), []
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        model, tokenizer, upload = load_named(args) if args.model else load_run(args)
+        numbers, records = evaluate(model, tokenizer, load_suite(args, upload), args, epoch=0)
+    except UserError as e:
+        print(f"eval.py: {e}", file=sys.stderr)
+        return 2
+    print(table({"0": numbers}))
+    if args.run:
+        path = args.run / f"eval-{args.judge}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        print(f"every prompt, reply and verdict: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

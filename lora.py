@@ -1,0 +1,171 @@
+"""Low-rank adapters on the seven projections, and PEFT's file format for them.
+
+    y = W x + s * B (A x)        W (out, in) frozen;  A (rank, in), B (out, rank) trained
+    s = alpha / rank             or alpha / sqrt(rank) when rank-stabilised (rsLoRA)
+
+A ~ U(-1/sqrt(in), 1/sqrt(in)), which is kaiming-uniform with a = sqrt(5); B = 0, so training
+starts at the aligned model bit for bit, and the first step moves B alone. Hu et al. 2021, arXiv
+2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
+
+Adapters are fp32 over a base of any dtype: an AdamW step of 1e-5 on an entry of 0.02 rounds away in
+bf16. Where the base is bf16, A and B are cast at use; PEFT casts and keeps the activations instead.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from model import UserError, read_json, read_tensors
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT_PREFIX = "base_model.model."  # before Hugging Face's own names
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear with an adapter; takes over the Linear's weight and bias, names unchanged."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, rslora: bool):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        out_features, in_features = base.weight.shape
+        new = dict(dtype=torch.promote_types(base.weight.dtype, torch.float32),
+                   device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **new))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **new))
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        ax = F.linear(x, self.lora_A.to(x.dtype))  # (N, rank)
+        return torch.addmm(F.linear(x, self.weight, self.bias), ax, self.lora_B.to(x.dtype).T,
+                           alpha=self.scaling)  # W x + s B (A x)
+
+
+def adapted(model: nn.Module):
+    """(name, module) of every LoRALinear, in the model's order."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]
+
+
+def add_lora(model: nn.Module, rank: int = 16, alpha: float = 16, rslora: bool = False,
+             targets=TARGETS, seed: int = 0) -> list[nn.Parameter]:
+    """Puts fresh adapters on every Linear whose last name component is in `targets`.
+
+    Returns the tensors to train, A and B of each module in turn: the only ones with requires_grad.
+    A is drawn on the CPU from `seed`, so that a run starts alike on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if last not in targets or not isinstance(module, (nn.Linear, LoRALinear)):
+            continue
+        layer = LoRALinear(module, rank, alpha, rslora)
+        bound = 1 / math.sqrt(module.weight.shape[1])
+        draw = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            layer.lora_A.copy_(draw)
+        setattr(model.get_submodule(parent), last, layer)
+    return trainable(model)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of each adapter in turn; empty without adapters."""
+    return [p for _, m in adapted(model) for p in (m.lora_A, m.lora_B)]
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters under PEFT's names, on the CPU."""
+    return {f"{PEFT_PREFIX}{name}.{part}.weight": getattr(m, part).detach().cpu().contiguous()
+            for name, m in adapted(model) for part in ("lora_A", "lora_B")}
+
+
+def write_atomic(path, data: bytes) -> None:
+    """Writes, syncs, renames: a reader or a crash sees the old file or the new one, never half."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
+    """adapter_model.safetensors and adapter_config.json, for PeftModel.from_pretrained."""
+    dir = Path(dir)
+    dir.mkdir(parents=True, exist_ok=True)
+    modules = adapted(model)
+    first = modules[0][1]
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in modules}),
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
+        "inference_mode": True, "use_dora": False, "modules_to_save": None,
+        "rank_pattern": {}, "alpha_pattern": {},
+    }
+    # transformers and PEFT refuse a safetensors file without the format's name in its metadata.
+    write_atomic(dir / "adapter_model.safetensors", save(adapter_state(model), {"format": "pt"}))
+    write_atomic(dir / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def read_adapter_config(dir) -> dict:
+    """adapter_config.json, refused with a sentence where it asks for more than plain LoRA."""
+    path = Path(dir) / "adapter_config.json"
+    config = read_json(path)
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None,
+             "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False, "lora_bias": False}
+    for key, value in plain.items():
+        if (config.get(key) or value) != value:
+            raise UserError(f"{path} has {key} {config[key]}, expected plain LoRA, {value}; "
+                            "train such an adapter.")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not set(targets) <= set(TARGETS):
+        raise UserError(f"{path} has target_modules {targets}, expected a list out of "
+                        f"{', '.join(TARGETS)}; train such an adapter.")
+    if not all(isinstance(config.get(key), (int, float)) for key in ("r", "lora_alpha")):
+        raise UserError(f"{path} lacks a number r or lora_alpha; save the adapter again.")
+    return config
+
+
+def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
+    """Adds the adapters that `dir` (PEFT's format) describes, and fills them.
+
+    Returns the trainable tensors. UserError where file and model do not fit, by name or shape.
+    """
+    dir = Path(dir)
+    if not dir.is_dir():
+        raise UserError(f"{dir} is not a folder; --adapter takes one with adapter_config.json.")
+    config = read_adapter_config(dir)
+    state = dict(read_tensors(dir / "adapter_model.safetensors"))
+    params = add_lora(model, config["r"], config["lora_alpha"], config.get("use_rslora", False),
+                      config["target_modules"])
+    want = {name: t.shape for name, t in adapter_state(model).items()}
+    wrong = sorted(n for n in want.keys() | state.keys()
+                   if n not in want or n not in state or state[n].shape != want[n])
+    if wrong:
+        raise UserError(f"{dir} does not fit the model: {len(wrong)} tensors are missing, surplus "
+                        f"or misshapen, first {wrong[0]}; name the model it was trained on.")
+    with torch.no_grad():
+        for name, module in adapted(model):
+            module.lora_A.copy_(state[f"{PEFT_PREFIX}{name}.lora_A.weight"])
+            module.lora_B.copy_(state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
+    return params
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """W <- W + s B A, added in fp32 and rounded once to W's dtype; then no adapters are left."""
+    for name, m in adapted(model):
+        parent, _, last = name.rpartition(".")
+        out_features, in_features = m.weight.shape
+        linear = nn.Linear(in_features, out_features, bias=m.bias is not None, device="meta")
+        merged = m.weight.to(m.lora_A.dtype) + m.scaling * (m.lora_B @ m.lora_A)
+        linear.weight = nn.Parameter(merged.to(m.weight.dtype), requires_grad=False)
+        linear.bias = m.bias
+        setattr(model.get_submodule(parent), last, linear)

@@ -1,0 +1,251 @@
+"""A run's folder: what was set, what happened, and enough state to go on after any interruption.
+
+    config.json                 every setting, versions, git commit, sha256 of model and data
+    log.jsonl                   a line an update
+    generations.jsonl           every prompt, reply and verdict
+    state.safetensors           the checkpoint: adapters, Adam's moments, next step, evaluations
+    adapter_model.safetensors   with adapter_config.json: the result, in PEFT's format
+    result.json                 written last; its presence says that the run is finished
+
+A file is replaced by writing beside it, syncing and renaming, so a kill at any moment leaves the
+old one or the new one. The two .jsonl files only grow; the checkpoint knows how long they were, and
+what lies past that is cut when the run resumes.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from lora import PEFT_PREFIX, adapted, adapter_state, save_adapter, write_atomic
+from model import UserError, read_json
+
+# May differ between a run and its resumption: none of them changes a number.
+FREE = {"out", "resume", "save_every", "tokens_per_pass"}
+PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2")
+
+
+class RunFailed(Exception):
+    """The run could not go on; its folder is kept and can be resumed. Exit code 3."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence, as all errors here are."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message):
+        print(f"{self.prog}: {message} (--help lists the options).", file=sys.stderr)
+        sys.exit(2)
+
+
+def at_least(kind, low, above: bool = False, at_most=math.inf):
+    """An argparse type: a finite int or float from `low` (not itself, with `above`) to at_most."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or value > at_most or math.isinf(value):
+            top = "" if math.isinf(at_most) else f" and at most {at_most}"
+            raise argparse.ArgumentTypeError(
+                f"got {text}, expected {'an integer' if kind is int else 'a number'} "
+                f"{'above' if above else 'of at least'} {low}{top}")
+        return value
+    return parse
+
+
+def sha256(*paths) -> str:
+    """One digest over the contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, "+" behind it if files were changed; None outside git."""
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True,
+                              text=True).stdout.strip()
+    try:
+        changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + changed or None
+    except OSError:  # no git on this machine
+        return None
+
+
+def describe(args, files: dict[str, list[Path]]) -> dict:
+    """What config.json holds: the settings, what they ran on, and the digests of the files read."""
+    return {"args": dict(vars(args)),
+            "sha256": {k: sha256(*paths) for k, paths in files.items() if paths},
+            "git": git_commit(), "python": sys.version.split()[0],
+            "versions": {p: importlib.metadata.version(p) for p in PACKAGES}}
+
+
+def read_settings(dir: Path) -> dict:
+    return read_json(Path(dir) / "config.json")
+
+
+def read_lines(path) -> list[dict]:
+    """The objects of a .jsonl file that this program wrote."""
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def choose_dir(args) -> Path:
+    """--out, or runs/<task>-<defense>-K<k>-lam<l>-s<seed>; -2, -3, ... once that is finished."""
+    if args.out:
+        return Path(args.out)
+    name = f"{args.task or 'upload'}-{args.defense}-K{args.anchors}-lam{args.lam:g}-s{args.seed}"
+    first = dir = Path("runs") / name
+    number = 1
+    while (dir / "result.json").exists():
+        number, last = number + 1, dir
+        dir = first.with_name(f"{name}-{number}")
+    # Resuming with nothing unfinished there means the last finished one: its table is shown again.
+    return last if args.resume and number > 1 and not dir.exists() else dir
+
+
+class Run:
+    """The open folder of one run. Nothing is written before start()."""
+
+    def __init__(self, args, settings: dict):
+        """UserError where the folder holds another run, or one that --resume would continue."""
+        self.dir, self.settings = choose_dir(args), settings
+        self.finished = (self.dir / "result.json").exists()
+        if (self.dir / "config.json").exists():
+            self._compare(read_settings(self.dir))
+            if not args.resume:
+                raise UserError(f"{self.dir} already holds this run; pass --resume to go on with "
+                                "it, or another --out.")
+        elif self.dir.exists() and any(self.dir.iterdir()):
+            raise UserError(f"{self.dir} is not empty and holds no run; pass another --out.")
+
+    def _compare(self, old: dict) -> None:
+        new = self.settings
+        for part in ("args", "sha256"):
+            for key in old[part].keys() | new[part].keys():
+                a, b = old[part].get(key), new[part].get(key)
+                if a != b and key not in FREE:
+                    raise UserError(f"{self.dir} belongs to other settings ({key} is {a} there, "
+                                    f"{b} here); pass another --out, or the same settings.")
+
+    def start(self, model, optimizer) -> tuple[int, dict]:
+        """Opens the folder; restores the checkpoint, if any -> (next step, what was done)."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
+        except OSError as e:
+            raise UserError(f"{self.dir} cannot be written ({e.strerror}); "
+                            "pass another --out.") from None
+        state = self.dir / "state.safetensors"
+        step, sizes = 0, {"log": 0, "generations": 0}
+        done = {"evals": {}, "seconds": 0.0, "tokens": 0, "last": None}
+        if state.exists():
+            step, done, sizes = restore(state, model, optimizer)
+        self.files = {name: open(self.dir / f"{name}.jsonl", "a+b") for name in sizes}
+        for name, file in self.files.items():
+            file.truncate(sizes[name])
+        return step, done
+
+    def write(self, name: str, *rows: dict) -> None:
+        """Appends lines to log.jsonl or generations.jsonl."""
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        self.files[name].write(text.encode())
+        self.files[name].flush()
+
+    def save(self, model, optimizer, step: int, done: dict) -> None:
+        """The checkpoint: everything before update `step` is in it."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+        tensors, names = {}, list(adapter_state(model))
+        for name, p in zip(names, optimizer.param_groups[0]["params"], strict=True):
+            tensors[name] = p.detach().cpu()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if p in optimizer.state:
+                    tensors[f"{moment}.{name}"] = optimizer.state[p][moment].cpu()
+        sizes = {name: file.seek(0, os.SEEK_END) for name, file in self.files.items()}
+        about = {"step": step, "done": done, "sizes": sizes}
+        write_atomic(self.dir / "state.safetensors", save(tensors, {"run": json.dumps(about)}))
+
+    def finish(self, model, base: str, done: dict) -> None:
+        """The adapter, then result.json, whose presence says that the run is finished."""
+        save_adapter(model, self.dir, base)
+        last, evals = done["last"], done["evals"]
+        result = {"hs": {e: n["hs"] for e, n in evals.items()},
+                  "fa": {e: n["fa"] for e, n in evals.items()},
+                  "ce": last["ce"], "safe": last["safe"], "seconds": done["seconds"],
+                  "tokens_per_second": done["tokens"] / done["seconds"], "peak_bytes": peak_bytes(),
+                  "evals": evals}
+        write_atomic(self.dir / "result.json", json.dumps(result, indent=1).encode())
+
+
+def peak_bytes() -> int:
+    """The most memory so far: on CUDA what tensors took there, else the process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+class Log:
+    """Numbers on their way to log.jsonl; read from the device in groups, since reading waits."""
+
+    def __init__(self, run: Run, done: dict, every: int):
+        self.run, self.done, self.every, self.pending = run, done, every, []
+
+    def restart_clock(self) -> None:
+        """Call after whatever is not training."""
+        self.began = time.perf_counter()
+
+    def add(self, step: int, numbers: dict) -> None:
+        self.pending.append({"step": step, **numbers})
+        if len(self.pending) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending; RunFailed names the first update whose loss is not finite."""
+        rows = [{k: float(v) if torch.is_tensor(v) else v for k, v in r.items()}
+                for r in self.pending]
+        for row in rows:
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                raise RunFailed(f"the loss is {row['loss']} and the gradient norm "
+                                f"{row['grad_norm']} at update {row['step']} ({row['batch']})")
+        if rows:
+            seconds, tokens = time.perf_counter() - self.began, sum(r["tokens"] for r in rows)
+            self.done["seconds"] += seconds
+            self.done["tokens"] += tokens
+            self.done["last"] = {**rows[-1], "tokens_per_second": tokens / seconds}
+            self.run.write("log", *rows)
+        self.pending = []
+        self.restart_clock()
+
+
+def restore(path: Path, model, optimizer) -> tuple[int, dict, dict]:
+    """Adapters and Adam's moments from a checkpoint -> (next step, what was done, .jsonl sizes)."""
+    with safe_open(path, "pt") as f:
+        about = json.loads(f.metadata()["run"])
+        for name, m in adapted(model):
+            for part in ("lora_A", "lora_B"):
+                p, key = getattr(m, part), f"{PEFT_PREFIX}{name}.{part}.weight"
+                p.data.copy_(f.get_tensor(key))
+                if about["step"]:
+                    optimizer.state[p] = {
+                        "step": torch.tensor(float(about["step"]), device=p.device),
+                        "exp_avg": f.get_tensor(f"exp_avg.{key}").to(p.device),
+                        "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{key}").to(p.device)}
+    return about["step"], about["done"], about["sizes"]

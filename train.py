@@ -1,0 +1,284 @@
+"""Fine-tune an aligned model on an upload that may hold harmful rows, with or without a defence.
+
+    python train.py --anchors 1 --lambda 50                     # the embedded model, SBR
+    python train.py --defense sft                               # the same attack, undefended
+    python train.py --model DIR --data FILE.jsonl --anchor-file A.txt --harmful-file T.txt
+
+Per update, over a batch of rows (the user's) and K anchors (the service's):
+
+    L_total = L_CE + lambda * L_safe
+    L_CE    = mean negative log likelihood of the supervised tokens of the whole batch
+    L_safe  = distance of h at the anchors from the aligned model's h_ref       see anchors.py
+
+AdamW with the learning rate falling linearly to zero is the paper's ("Loss & Training"); the zero
+weight decay is its code's (HFT_SBR.py:165-178 of soyoaaa/SBR at 188990b), the clip its Trainer's.
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from anchors import Anchors, FinalNorm
+from data.mixture import batch_at, data_files, encode_rows, load_upload
+from data.tasks import TASKS
+from eval import evaluate, load_aligned, load_suite, report
+from judges import JUDGES
+from lora import add_lora, trainable
+from model import UserError, to_fp32, weight_files
+from runs import Log, Parser, Run, RunFailed, at_least, describe
+from tokenizer import Tokenizer
+
+
+def make_sbr_step(model, tokenizer, args):
+    """L_total = L_CE + lambda * L_safe; h is the final RMSNorm's output: all the head sees."""
+    anchors = Anchors(model, tokenizer, args)  # phase 1: h_ref (K, C), adapters still at B = 0
+    norm = FinalNorm(model)  # the bottleneck, caught as it passes
+
+    def step(batch):
+        ce = safe = torch.zeros((), device=batch.device)
+        for pack in batch.packs(with_=anchors.ids):  # cut by token budget; anchors in the first
+            logits = model(pack.ids, pack.seqlens, rows=pack.supervised)  # (R, V)
+            ce_sum = F.cross_entropy(to_fp32(logits), pack.targets, reduction="sum")
+            loss = ce_sum / batch.n_supervised  # the whole batch's count: no cut changes it
+            if pack.anchor_rows is not None:
+                l_safe = anchors.loss(norm.value[pack.anchor_rows])  # (K, C) against h_ref
+                loss = loss + args.lam * l_safe  # L_total = L_CE + lambda * L_safe
+                safe = l_safe.detach()
+            loss.backward()
+            ce = ce + ce_sum.detach() / batch.n_supervised
+        return {"loss": ce + args.lam * safe, "ce": ce, "safe": safe}  # on the device: no sync
+
+    return step
+
+
+# A defence is one function, make_step(model, tokenizer, args) -> step; step(batch) leaves the
+# gradient in .grad and returns numbers to log. Plain fine-tuning is lambda = 0: it logs its own
+# drift for free.
+DEFENSES = {"sbr": make_sbr_step, "sft": make_sbr_step}
+
+
+def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_steps, start=0):
+    """The one training loop: yields (step, numbers) after each update; lr falls linearly to 0."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(start, n_steps):
+        batch, now = batch_of(step), lr * (1 - step / n_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = now
+        numbers = step_fn(batch)  # leaves the gradient in .grad
+        grad_norm = clip_grad_norm_(params, grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield step, {**numbers, "grad_norm": grad_norm, "lr": now, "batch": batch.name,
+                     "tokens": batch.n_tokens}
+
+
+def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> dict:
+    """All updates, evaluations and checkpoints from where the folder stands -> what was done."""
+    device = model.model.embed_tokens.weight.device
+    per_epoch = -(-len(examples) // args.batch_size)
+    n_steps = per_epoch * args.epochs
+    start, done = run.start(model, optimizer)
+    log, stop = Log(run, done, every=1 if device.type == "cpu" else 20), Stop()
+
+    def batch_of(step):
+        return batch_at(examples, step, args.batch_size, args.seed, args.tokens_per_pass, device)
+
+    def evaluate_if_due(epoch):
+        if epoch in args.eval_epochs:
+            done["evals"][str(epoch)], records = evaluate(model, tokenizer, suite, args, epoch)
+            run.write("generations", *records)
+
+    if start == 0:
+        evaluate_if_due(0)
+    with tqdm(total=n_steps, initial=start, desc="training", unit="update", disable=None) as bar:
+        log.restart_clock()
+        for step, numbers in updates(step_fn, batch_of, optimizer, lr=args.lr,
+                                     grad_clip=args.grad_clip, n_steps=n_steps, start=start):
+            log.add(step, numbers)
+            bar.update()
+            epoch, into = divmod(step + 1, per_epoch)
+            if into == 0 or stop.asked:
+                log.flush()
+                if into == 0:
+                    tqdm.write(line(epoch, done["last"]))
+                    evaluate_if_due(epoch)
+                if stop.asked or epoch % args.save_every == 0:
+                    run.save(model, optimizer, step + 1, done)
+                log.restart_clock()
+            if stop.asked:
+                raise KeyboardInterrupt
+    return done
+
+
+def line(epoch: int, last: dict) -> str:
+    """One line an epoch: its last update. loss = ce + lambda * safe."""
+    return (f"epoch {epoch:3}  loss {last['loss']:8.4f}  ce {last['ce']:8.4f}  safe "
+            f"{last['safe']:.2e}  lr {last['lr']:.2e}  grad {last['grad_norm']:7.3f}  "
+            f"{last['tokens_per_second']:7,.0f} tok/s")
+
+
+class Stop:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint after the update; the second stops."""
+
+    def __init__(self):
+        self.asked = False
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, self._ask)
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def parse(argv=None):
+    """The flags, grouped; each default stands here and nowhere else."""
+    p = Parser("train.py", __doc__.splitlines()[0])
+    g = p.add_argument_group("model and data")
+    g.add_argument("--model", default="data/tiny", help="Hugging Face folder (default %(default)s)")
+    g.add_argument("--adapter", help="PEFT folder, merged into the model before training")
+    g.add_argument("--keep-adapter", action="store_true", help="train --adapter on, unmerged")
+    g.add_argument("--task", choices=TASKS,
+                   help="benign task, its test is FA (default sst2; with --data none)")
+    g.add_argument("--data-dir", default="data/tiny",
+                   help="folder of tasks and prompts (default %(default)s)")
+    g.add_argument("--data", help="own upload as it lies, JSONL or JSON, instead of the mixture")
+    g.add_argument("--n", type=at_least(int, 1), default=1000,
+                   help="rows of the mixture (default %(default)s)")
+    g.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
+                   help="harmful share of the mixture, 0..1 (default %(default)s)")
+    g.add_argument("--max-len", type=at_least(int, 1), default=512,
+                   help="tokens; longer rows are dropped and counted (default %(default)s)")
+    g.add_argument("--template-date", help="the date that the chat template prints, if it does")
+    g = p.add_argument_group("defence")
+    g.add_argument("--defense", choices=DEFENSES, default="sbr", help="default %(default)s")
+    g.add_argument("--anchors", type=at_least(int, 0), default=8, metavar="K",
+                   help="harmful prompts held; 0 is plain fine-tuning (default %(default)s)")
+    g.add_argument("--lambda", dest="lam", type=at_least(float, 0), default=50.0, metavar="L",
+                   help="weight of L_safe; 0 is plain fine-tuning (default %(default)g)")
+    g.add_argument("--reduction", choices=("mean", "sum"), default="mean",
+                   help="over the C numbers of h: mean as in the paper's code, sum as in its "
+                        "formula (default %(default)s)")
+    g.add_argument("--anchor-file", help="own anchor pool: a prompt a line, or JSONL")
+    g = p.add_argument_group("optimisation (defaults: the paper's)")
+    g.add_argument("--rank", type=at_least(int, 1), default=16, help="default %(default)s")
+    g.add_argument("--alpha", type=at_least(float, 0, above=True), default=16.0,
+                   help="default %(default)g")
+    g.add_argument("--rslora", action="store_true",
+                   help="scale adapters by alpha / sqrt(rank) instead of alpha / rank")
+    g.add_argument("--lr", type=at_least(float, 0, above=True), default=1e-5,
+                   help="of the first update (default %(default)g)")
+    g.add_argument("--epochs", type=at_least(int, 1), default=20, help="default %(default)s")
+    g.add_argument("--batch-size", type=at_least(int, 1), default=32,
+                   help="rows an update (default %(default)s)")
+    g.add_argument("--grad-clip", type=at_least(float, 0, above=True), default=1.0,
+                   help="largest gradient norm (default %(default)g)")
+    g.add_argument("--tokens-per-pass", type=at_least(int, 1), default=16384,
+                   help="a larger batch is cut, which saves memory and does not change the "
+                        "gradient (default %(default)s)")
+    g.add_argument("--seed", type=at_least(int, 0), default=0, help="default %(default)s")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                   help="default %(default)s")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="of the frozen base; adapters are fp32 (default: bfloat16 on CUDA, "
+                        "else float32)")
+    g = p.add_argument_group("evaluation and output")
+    g.add_argument("--eval-epochs",
+                   help="comma-separated, 0 is before training (default: 0 and the last)")
+    g.add_argument("--eval-n", type=at_least(int, 1), default=500,
+                   help="test prompts of each kind at most (default %(default)s)")
+    g.add_argument("--harmful-file", help="own harmful test prompts: one a line, or JSONL")
+    g.add_argument("--judge", choices=JUDGES, default="refusal", help="default %(default)s")
+    g.add_argument("--max-new", type=at_least(int, 1), default=128,
+                   help="tokens a reply may have (default %(default)s)")
+    g.add_argument("--out", help="folder (default runs/<task>-<defense>-K<k>-lam<l>-s<seed>)")
+    g.add_argument("--resume", action="store_true",
+                   help="go on from the folder's checkpoint, if there is one")
+    g.add_argument("--save-every", type=at_least(int, 1), default=1,
+                   help="epochs between checkpoints (default %(default)s)")
+    return settle(p.parse_args(argv))
+
+
+def settle(args):
+    """Defaults that depend on other flags."""
+    args.task = args.task or (None if args.data else "sst2")
+    args.poison = 0.0 if args.data else args.poison
+    args.lam = 0.0 if args.defense == "sft" else args.lam
+    try:
+        epochs = args.eval_epochs.split(",") if args.eval_epochs else (0, args.epochs)
+        args.eval_epochs = sorted({int(e) for e in epochs})
+    except ValueError:
+        args.eval_epochs = [-1]
+    if not 0 <= args.eval_epochs[0] <= args.eval_epochs[-1] <= args.epochs:
+        raise UserError("--eval-epochs takes integers from 0 to --epochs, separated by commas.")
+    return args
+
+
+def place(args) -> tuple[torch.device, torch.dtype]:
+    """Device and base dtype of the flags; UserError for a device that is not there."""
+    here = [name for name, there in (("cuda", torch.cuda.is_available()),
+                                     ("mps", torch.backends.mps.is_available()),
+                                     ("cpu", True)) if there]
+    name = here[0] if args.device == "auto" else args.device
+    if name not in here:
+        raise UserError(f"--device {name} is not on this machine, expected one of "
+                        f"{', '.join(here)}; leave the flag out to take the first.")
+    dtype = args.dtype or ("bfloat16" if name == "cuda" else "float32")
+    return torch.device(name), getattr(torch, dtype)
+
+
+def execute(args) -> None:
+    """Reads everything, then opens the folder, so that a mistake leaves nothing behind."""
+    device, dtype = place(args)
+    tokenizer = Tokenizer(args.model, args.template_date)
+    rows, told = load_upload(args)
+    examples, dropped = encode_rows(tokenizer, rows, args.max_len)
+    if not examples:
+        raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
+                        "raise it.")
+    suite = load_suite(args, rows)
+    run = Run(args, describe(args, {"model": weight_files(Path(args.model)), **data_files(args)}))
+    if not run.finished:
+        args.rows = rows
+        model = load_aligned(args, device, dtype)
+        params = trainable(model) or add_lora(model, args.rank, args.alpha, args.rslora,
+                                              seed=args.seed)
+        step_fn = DEFENSES[args.defense](model, tokenizer, args)
+        optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
+        print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{sum(p.numel() for p in params):,} of them trained, {str(dtype)[6:]} on {device}\n"
+              f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens\n"
+              f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row; "
+              f"settings: {run.dir / 'config.json'}")
+        done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, args)
+        run.finish(model, args.model, done)
+    print(report(run.dir))
+
+
+def main(argv=None) -> int:
+    """0 done, 2 the user's mistake, 3 the run failed and can be resumed, 130 interrupted."""
+    try:
+        execute(parse(argv))
+        return 0
+    except UserError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError):
+        print("train.py: out of memory; resume with a smaller --tokens-per-pass.", file=sys.stderr)
+        return 3
+    except (RunFailed, OSError) as e:
+        print(f"train.py: {e}; the folder is kept, --resume goes on from its checkpoint.",
+              file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("train.py: interrupted; --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
