@@ -41,25 +41,33 @@ class FinalNorm:
         self.value = None
 
 
-def pool(args) -> list[str]:
-    """Candidate anchors: --anchor-file or the data folder's pool, minus the upload's prompts."""
+def choose(args, used: list[dict]) -> list[str]:
+    """K anchor prompts that stand in none of the `used` rows, the upload's and the tests'."""
+    prompts = sample(pool(args, used), args.anchors, args.seed) if args.anchors else []
+    clash = prompts_of(used) & {normalise(p) for p in prompts}
+    assert not clash, f"an anchor stands in the upload or the tests: {clash}"
+    return prompts
+
+
+def pool(args, used: list[dict]) -> list[str]:
+    """Candidate anchors: --anchor-file or the data folder's pool, minus the prompts in use."""
     path = Path(args.anchor_file or Path(args.data_dir) / "harmful" / "anchors.jsonl")
     if not path.exists():
         raise UserError(f"there is no anchor pool at {path}; pass --anchor-file with a harmful "
                         "prompt a line, or --anchors 0.")
-    uploaded, prompts = prompts_of(args.rows), {}
+    taken, prompts = prompts_of(used), {}
     for row in read_rows(path, needs_answer=False):
         key = normalise(first_user(row))
-        if key not in uploaded:
+        if key not in taken:
             prompts.setdefault(key, first_user(row))  # the same prompt twice is one candidate
     return list(prompts.values())
 
 
 def sample(candidates: list[str], k: int, seed: int) -> list[str]:
-    """K of the candidates, drawn without replacement; the smaller K is a prefix of the larger."""
+    """K of the candidates, drawn without replacement; a smaller K's are the first of a larger's."""
     if k > len(candidates):
         raise UserError(f"--anchors {k} is more than the {len(candidates)} prompts of the pool "
-                        "that the upload lacks; lower it or pass a larger --anchor-file.")
+                        "that upload and tests lack; lower it or pass a larger --anchor-file.")
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
     return [candidates[i] for i in order[:k].tolist()]
 
@@ -89,10 +97,8 @@ class Anchors:
     """K prompts, their reference states, and L_safe. With K = 0 there is nothing to hold."""
 
     def __init__(self, model: Llama, tokenizer, args):
-        """Phase 1: call while the adapters are still at B = 0. Needs args.rows, the upload."""
-        self.prompts = sample(pool(args), args.anchors, args.seed) if args.anchors else []
-        clash = prompts_of(args.rows) & {normalise(p) for p in self.prompts}
-        assert not clash, f"an anchor stands in the upload: {clash}"
+        """Phase 1: call while the adapters are still at B = 0. Holds args.anchor_prompts."""
+        self.prompts = args.anchor_prompts
         self.ids, self.reduction = encode(tokenizer, self.prompts), args.reduction
         for prompt, ids in zip(self.prompts, self.ids, strict=True):
             if len(ids) > args.max_len:

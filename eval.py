@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from data.mixture import first_user, load_upload, normalise, prompts_of, read_rows
-from data.tasks import TASKS
+from data.tasks import LABELS, TASKS
 from generate import generate
 from judges import JUDGES, is_degenerate, is_refusal
-from lora import load_adapter, merge
-from model import UserError, load_model, read_json
-from runs import Parser, at_least, read_lines, read_settings
+from lora import load_adapter, merge, write_atomic
+from model import UserError, load_model, read_json, weight_files
+from runs import Parser, at_least, exit_code, read_lines, read_settings
 from tokenizer import Tokenizer
 
 
@@ -55,13 +55,19 @@ def load_suite(args, upload) -> dict[str, list[dict]]:
         if kind != "lookalike" or path.exists():
             rows = read_rows(path, needs_answer=kind == "task")
             suite[kind] = [r for r in rows if normalise(first_user(r)) not in seen][:args.eval_n]
+    for row in suite.get("task", []):
+        target, labels = row["messages"][-1]["content"], LABELS.get(args.task)
+        if labels and target not in labels:
+            raise UserError(f"{files['task']} has the target {target!r}, expected one of "
+                            f"{', '.join(labels)}; mend the file.")
     return suite
 
 
 def evaluate(model, tokenizer, suite, args, epoch: int) -> tuple[dict, list[dict]]:
     """Answers every prompt of the suite -> (numbers in percent, one record a prompt)."""
     rows = [(kind, row) for kind, kind_rows in suite.items() for row in kind_rows]
-    asked = [[m for m in row["messages"] if m["role"] != "assistant"] for _, row in rows]
+    asked = [row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+             for _, row in rows]  # all but the gold answer
     prompts = [tokenizer.encode_prompt(messages) for messages in asked]
     replies = generate(model, prompts, args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
                        progress=f"evaluating at epoch {epoch}")
@@ -107,7 +113,19 @@ def load_aligned(args, device="cpu", dtype=torch.float32):
     return model
 
 
-ROWS = {"hs": "HS, harmful replies", "hs_exact": "  of them the exact scaffold",
+def model_files(args) -> dict[str, list[Path]]:
+    """What a run's model is read from, for its digest."""
+    folder = Path(args.model)
+    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+             "chat_template.jinja", "generation_config.json")
+    files = {"model": weight_files(folder) + [folder / n for n in names if (folder / n).exists()]}
+    if args.adapter:
+        files["adapter"] = [Path(args.adapter) / n
+                            for n in ("adapter_config.json", "adapter_model.safetensors")]
+    return files
+
+
+ROWS = {"hs": "HS, harmful replies", "hs_exact": "exact harmful answers",
         "hs_plus": "HS+, with degenerate", "fa": "FA, task accuracy",
         "over_refusal": "over-refusal"}
 
@@ -146,7 +164,7 @@ def samples(records: list[dict], n: int = 3) -> str:
 
 
 def one_line(text: str, width: int = 90) -> str:
-    text = text.replace("\n", " | ")
+    text = "".join(c if c.isprintable() else " " for c in text.replace("\n", " | "))
     return text if len(text) <= width else text[:width - 3] + "..."
 
 
@@ -204,20 +222,22 @@ def load_named(args):
     return model, Tokenizer(args.model), []
 
 
-def main(argv=None) -> int:
-    args = parse(argv)
-    try:
-        model, tokenizer, upload = load_named(args) if args.model else load_run(args)
-        numbers, records = evaluate(model, tokenizer, load_suite(args, upload), args, epoch=0)
-    except UserError as e:
-        print(f"eval.py: {e}", file=sys.stderr)
-        return 2
+def execute(args) -> None:
+    """Prints the table; of a run it also keeps every prompt, reply and verdict."""
+    if args.run and args.model:
+        raise UserError("--run and --model were both given; pass the one to evaluate.")
+    model, tokenizer, upload = load_named(args) if args.model else load_run(args)
+    numbers, records = evaluate(model, tokenizer, load_suite(args, upload), args, epoch=0)
     print(table({"0": numbers}))
     if args.run:
-        path = args.run / f"eval-{args.judge}.jsonl"
-        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-        print(f"every prompt, reply and verdict: {path}")
-    return 0
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        write_atomic(args.run / f"eval-{args.judge}.jsonl", lines.encode())
+        print(f"every prompt, reply and verdict: {args.run / f'eval-{args.judge}.jsonl'}")
+
+
+def main(argv=None) -> int:
+    """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
+    return exit_code("eval.py", lambda: execute(parse(argv)))
 
 
 if __name__ == "__main__":

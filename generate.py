@@ -8,7 +8,6 @@ ten tokens, an attacked one may write hundreds.
     python generate.py --model DIR [--adapter DIR] --prompt TEXT      # to look at a model
 """
 
-import argparse
 import sys
 
 import torch
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from lora import load_adapter
 from model import Config, Llama, UserError, load_model
+from runs import Parser, at_least, exit_code
 from tokenizer import Tokenizer
 
 
@@ -83,7 +83,8 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
     waiting = sorted((Row(i, p) for i, p in enumerate(prompts)), key=lambda r: len(r.prompt))
     replies: list[list[int]] = [[] for _ in prompts]
     rows: list[Row] = []  # rows[slot]
-    with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
+    with tqdm(total=len(prompts), desc=progress, disable=None if progress else True,
+              leave=False) as bar:
         while waiting or rows:
             old = 0
             if waiting and len(rows) < B:
@@ -125,24 +126,26 @@ def decode(model: Llama, cache: KVCache, rows: list[Row], last: Tensor, n_ids) -
 
 
 def main(argv=None) -> int:
-    """Prints the model's greedy answer to one prompt."""
-    p = argparse.ArgumentParser(description="Answer one prompt greedily.")
+    """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
+    p = Parser("generate.py", "Answer one prompt greedily.")
     p.add_argument("--model", default="data/tiny", help="Hugging Face folder (default %(default)s)")
     p.add_argument("--adapter", help="folder with an adapter in PEFT's format")
     p.add_argument("--prompt", required=True, help="the user's turn")
-    p.add_argument("--max-new", type=int, default=256, help="tokens (default %(default)s)")
-    args = p.parse_args(argv)
-    try:
-        model, tokenizer = load_model(args.model), Tokenizer(args.model)
-        if args.adapter:
-            load_adapter(model, args.adapter)
-        prompt = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
-        reply = generate(model, [prompt], args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids)
-        print(tokenizer.decode(reply[0]))
-    except UserError as e:
-        print(f"generate.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+    p.add_argument("--max-new", type=at_least(int, 1), default=256,
+                   help="tokens the answer may have (default %(default)s)")
+    return exit_code("generate.py", lambda: answer(p.parse_args(argv)))
+
+
+def answer(args) -> None:
+    """Prints the model's greedy answer to --prompt."""
+    if any("\ud800" <= c <= "\udfff" for c in args.prompt):
+        raise UserError("--prompt is not valid text; pass it in the terminal's encoding.")
+    model, tokenizer = load_model(args.model), Tokenizer(args.model)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    prompt = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
+    reply = generate(model, [prompt], args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids)
+    print(tokenizer.decode(reply[0]))
 
 
 if __name__ == "__main__":

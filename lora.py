@@ -88,11 +88,15 @@ def write_atomic(path, data: bytes) -> None:
     """Writes, syncs, renames: a reader or a crash sees the old file or the new one, never half."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
@@ -128,8 +132,10 @@ def read_adapter_config(dir) -> dict:
     if not isinstance(targets, list) or not set(targets) <= set(TARGETS):
         raise UserError(f"{path} has target_modules {targets}, expected a list out of "
                         f"{', '.join(TARGETS)}; train such an adapter.")
-    if not all(isinstance(config.get(key), (int, float)) for key in ("r", "lora_alpha")):
-        raise UserError(f"{path} lacks a number r or lora_alpha; save the adapter again.")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(r, int) and r >= 1 and isinstance(alpha, (int, float))):
+        raise UserError(f"{path} has r {r} and lora_alpha {alpha}, expected an integer above 0 and "
+                        "a number; save the adapter again.")
     return config
 
 

@@ -32,7 +32,7 @@ class UserError(Exception):
     """The user's mistake, in one sentence: what was given, what is expected, what to do."""
 
 
-# What a family is where its config.json is silent. Gemma's first releases wrote "gelu" and meant the
+# What a family is where config.json is silent. Gemma's first releases wrote "gelu" and meant the
 # tanh form, which is therefore what both spellings get.
 FAMILIES = {
     "LlamaForCausalLM": dict(qkv_bias=False, tied=False, gemma=False, act="silu"),
@@ -40,6 +40,8 @@ FAMILIES = {
     "GemmaForCausalLM": dict(qkv_bias=False, tied=True, gemma=True, act="gelu_pytorch_tanh"),
 }
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "intermediate_size", "vocab_size")
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
                   "original_max_position_embeddings")
 
@@ -71,7 +73,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; name a folder that has it.") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not readable JSON ({e}); write it again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
@@ -85,24 +87,23 @@ def read_config(dir) -> Config:
     arch = (c.get("architectures") or [None])[0]
     if arch not in FAMILIES:
         raise UserError(f"{path} names the architecture {arch}, expected one of "
-                        f"{', '.join(FAMILIES)}; choose a checkpoint of these families.")
+                        f"{', '.join(FAMILIES)}.")
     if c.get("quantization_config"):
-        raise UserError(f"{path} describes a quantised checkpoint, expected bf16, fp16 or fp32 "
-                        "weights; choose the original checkpoint.")
+        raise UserError(f"{path} describes a quantised checkpoint; choose the original one.")
     family = FAMILIES[arch]
     # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
     rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
     kind = rope.setdefault("rope_type", rope.pop("type", "default"))
     if kind not in ("default", "llama3"):
-        raise UserError(f"{path} asks for {kind} rotary scaling, expected default or llama3; "
-                        "choose another checkpoint.")
+        raise UserError(f"{path} asks for {kind} rotary scaling, expected default or llama3.")
     if c.get("sliding_window") and c.get("use_sliding_window"):
-        raise UserError(f"{path} switches sliding-window attention on, expected full attention; "
-                        "choose another checkpoint.")
+        raise UserError(f"{path} switches sliding-window attention on, expected it off.")
     act = c.get("hidden_activation") or c.get("hidden_act") or family["act"]
     if act != family["act"] and not (family["gemma"] and act == "gelu"):
-        raise UserError(f"{path} has the activation {act}, expected {family['act']}; "
-                        "choose another checkpoint.")
+        raise UserError(f"{path} has the activation {act}, expected {family['act']}.")
+    for key in SIZES:
+        if c.get(key) is not None and not (isinstance(c[key], int) and c[key] > 0):
+            raise UserError(f"{path} has {key} {c[key]}, expected an integer above 0.")
     try:
         scaling = {k: rope[k] for k in LLAMA3_SCALING} if kind == "llama3" else None
         return Config(

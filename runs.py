@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lora import PEFT_PREFIX, adapted, adapter_state, save_adapter, write_atomic
@@ -51,6 +51,27 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def exit_code(prog: str, work) -> int:
+    """Runs work() -> 0 done, 2 the user's mistake, 3 failed, 130 interrupted, and says which."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a reply may hold what the terminal cannot show
+    try:
+        work()
+        return 0
+    except UserError as e:
+        code, said = 2, str(e)
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted; --resume goes on from a run's last checkpoint."
+    except (RunFailed, OSError) as e:
+        code, said = 3, f"{e}; what a run had saved is kept, and --resume goes on from there."
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "alloc" not in str(e):
+            raise
+        code, said = 3, "out of memory; try a smaller --tokens-per-pass (with --resume in a run)."
+    print(f"{prog}: {said}", file=sys.stderr)
+    return code
+
+
 def at_least(kind, low, above: bool = False, at_most=math.inf):
     """An argparse type: a finite int or float from `low` (not itself, with `above`) to at_most."""
     def parse(text: str):
@@ -71,9 +92,12 @@ def sha256(*paths) -> str:
     """One digest over the contents of files, in the order given."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as f:
-            while chunk := f.read(1 << 24):
-                digest.update(chunk)
+        try:
+            with open(path, "rb") as f:
+                while chunk := f.read(1 << 24):
+                    digest.update(chunk)
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror}); fetch it again.") from None
     return digest.hexdigest()
 
 
@@ -97,8 +121,13 @@ def describe(args, files: dict[str, list[Path]]) -> dict:
             "versions": {p: importlib.metadata.version(p) for p in PACKAGES}}
 
 
-def read_settings(dir: Path) -> dict:
-    return read_json(Path(dir) / "config.json")
+def read_settings(dir) -> dict:
+    """A run's config.json; UserError where the folder holds none."""
+    path = Path(dir) / "config.json"
+    settings = read_json(path)
+    if not settings.keys() >= {"args", "sha256"}:
+        raise UserError(f"{path} is not a run's; name a run's folder, or a new one for --out.")
+    return settings
 
 
 def read_lines(path) -> list[dict]:
@@ -127,41 +156,60 @@ class Run:
     def __init__(self, args, settings: dict):
         """UserError where the folder holds another run, or one that --resume would continue."""
         self.dir, self.settings = choose_dir(args), settings
-        self.finished = (self.dir / "result.json").exists()
-        if (self.dir / "config.json").exists():
+        try:
+            self.finished = (self.dir / "result.json").exists()
+            begun = (self.dir / "config.json").exists()
+            names = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
+        except OSError as e:
+            raise UserError(f"{self.dir} cannot be a run's folder ({e.strerror}); "
+                            "pass another --out.") from None
+        if begun:
             self._compare(read_settings(self.dir))
             if not args.resume:
                 raise UserError(f"{self.dir} already holds this run; pass --resume to go on with "
                                 "it, or another --out.")
-        elif self.dir.exists() and any(self.dir.iterdir()):
+        elif names - {"config.json.tmp"}:  # all that a kill in the first write leaves
             raise UserError(f"{self.dir} is not empty and holds no run; pass another --out.")
 
     def _compare(self, old: dict) -> None:
         new = self.settings
         for part in ("args", "sha256"):
-            for key in old[part].keys() | new[part].keys():
+            for key in [*new[part], *old[part]]:
                 a, b = old[part].get(key), new[part].get(key)
                 if a != b and key not in FREE:
-                    raise UserError(f"{self.dir} belongs to other settings ({key} is {a} there, "
-                                    f"{b} here); pass another --out, or the same settings.")
+                    raise UserError(f"{self.dir} belongs to other settings ({key} is "
+                                    f"{str(a)[:60]} there, {str(b)[:60]} here); pass another "
+                                    "--out, or the same settings.")
 
     def start(self, model, optimizer) -> tuple[int, dict]:
         """Opens the folder; restores the checkpoint, if any -> (next step, what was done)."""
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
-        except OSError as e:
-            raise UserError(f"{self.dir} cannot be written ({e.strerror}); "
-                            "pass another --out.") from None
+        if not (self.dir / "config.json").exists():
+            self._create()
         state = self.dir / "state.safetensors"
         step, sizes = 0, {"log": 0, "generations": 0}
         done = {"evals": {}, "seconds": 0.0, "tokens": 0, "last": None}
         if state.exists():
             step, done, sizes = restore(state, model, optimizer)
-        self.files = {name: open(self.dir / f"{name}.jsonl", "a+b") for name in sizes}
+        paths = {name: self.dir / f"{name}.jsonl" for name in sizes}
+        for name, path in paths.items():
+            if sizes[name] > (path.stat().st_size if path.exists() else 0):
+                raise UserError(f"{path} is shorter than its checkpoint says; put the file back, "
+                                "or begin anew with another --out.")
+        self.files = {name: open(path, "a+b") for name, path in paths.items()}
         for name, file in self.files.items():
             file.truncate(sizes[name])
         return step, done
+
+    def _create(self) -> None:
+        new = not self.dir.exists()
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
+        except OSError as e:
+            if new and self.dir.is_dir():
+                self.dir.rmdir()
+            raise UserError(f"{self.dir} cannot be written ({e.strerror}); "
+                            "pass another --out.") from None
 
     def write(self, name: str, *rows: dict) -> None:
         """Appends lines to log.jsonl or generations.jsonl."""
@@ -219,25 +267,26 @@ class Log:
 
     def flush(self) -> None:
         """Writes what is pending; RunFailed names the first update whose loss is not finite."""
-        rows = [{k: float(v) if torch.is_tensor(v) else v for k, v in r.items()}
-                for r in self.pending]
-        for row in rows:
+        for row in self.pending:
+            row = {k: float(v) if torch.is_tensor(v) else v for k, v in row.items()}
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise RunFailed(f"the loss is {row['loss']} and the gradient norm "
                                 f"{row['grad_norm']} at update {row['step']} ({row['batch']})")
-        if rows:
-            seconds, tokens = time.perf_counter() - self.began, sum(r["tokens"] for r in rows)
-            self.done["seconds"] += seconds
-            self.done["tokens"] += tokens
-            self.done["last"] = {**rows[-1], "tokens_per_second": tokens / seconds}
-            self.run.write("log", *rows)
+            self.run.write("log", row)
+            self.done["tokens"] += row["tokens"]
+            self.done["last"] = row
         self.pending = []
+        self.done["seconds"] += time.perf_counter() - self.began
         self.restart_clock()
 
 
 def restore(path: Path, model, optimizer) -> tuple[int, dict, dict]:
     """Adapters and Adam's moments from a checkpoint -> (next step, what was done, .jsonl sizes)."""
-    with safe_open(path, "pt") as f:
+    try:
+        file = safe_open(path, "pt")
+    except SafetensorError as e:
+        raise UserError(f"{path} is not a checkpoint ({e}); pass another --out.") from None
+    with file as f:
         about = json.loads(f.metadata()["run"])
         for name, m in adapted(model):
             for part in ("lora_A", "lora_B"):

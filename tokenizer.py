@@ -110,6 +110,11 @@ class Tokenizer:
         longest_first = sorted(self.specials, key=len, reverse=True)
         self.special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.bos_id = self.specials.get(self._special("bos_token"))
+        if (self.dir / "config.json").exists():
+            n_rows = read_json(self.dir / "config.json").get("vocab_size", self.n_ids)
+            if n_rows < self.n_ids:
+                raise UserError(f"the tokenizer of {self.dir} has {self.n_ids} ids, more than the "
+                                f"{n_rows} of its model; fetch the two together.")
         self.date = date
         self.template = self._compile(self._template_text())
         self.stop_ids = self._stop_ids()
@@ -184,9 +189,9 @@ class Tokenizer:
         try:
             return self.template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **names)
-        except TemplateError as e:
-            raise UserError(f"the chat template of {self.dir} refuses this conversation ({e}); "
-                            "change its roles or their order.") from None
+        except Exception as e:  # the template is a program of the checkpoint's
+            raise UserError(f"the chat template of {self.dir} refuses this conversation "
+                            f"({' '.join(str(e).split())}); change its roles or order.") from None
 
     # what the folder says
 
@@ -198,7 +203,10 @@ class Tokenizer:
         file = self.dir / "chat_template.jinja"
         text = self.config.get("chat_template")
         if file.exists():
-            text = file.read_text(encoding="utf-8")
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{file} is not UTF-8; fetch the file again.") from None
         if isinstance(text, list):  # several named templates
             text = {t["name"]: t["template"] for t in text}.get("default")
         if not text:
@@ -230,7 +238,10 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             if (self.dir / name).exists():
                 eos = read_json(self.dir / name).get("eos_token_id")
-                stop.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+                eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+                if not all(isinstance(i, int) for i in eos):
+                    raise UserError(f"{self.dir / name} has eos_token_id {eos}, expected integers.")
+                stop.update(eos)
         ids, supervised = self.encode_chat([{"role": "user", "content": "a"},
                                             {"role": "assistant", "content": "b"}])
         stop.add([i for i, s in zip(ids, supervised, strict=True) if s][-1])

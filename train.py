@@ -16,21 +16,20 @@ weight decay is its code's (HFT_SBR.py:165-178 of soyoaaa/SBR at 188990b), the c
 
 import signal
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from anchors import Anchors, FinalNorm
+from anchors import Anchors, FinalNorm, choose
 from data.mixture import batch_at, data_files, encode_rows, load_upload
 from data.tasks import TASKS
-from eval import evaluate, load_aligned, load_suite, report
+from eval import evaluate, load_aligned, load_suite, model_files, report
 from judges import JUDGES
 from lora import add_lora, trainable
-from model import UserError, to_fp32, weight_files
-from runs import Log, Parser, Run, RunFailed, at_least, describe
+from model import UserError, to_fp32
+from runs import Log, Parser, Run, at_least, describe, exit_code
 from tokenizer import Tokenizer
 
 
@@ -105,7 +104,7 @@ def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> d
             if into == 0 or stop.asked:
                 log.flush()
                 if into == 0:
-                    tqdm.write(line(epoch, done["last"]))
+                    tqdm.write(line(epoch, done))
                     evaluate_if_due(epoch)
                 if stop.asked or epoch % args.save_every == 0:
                     run.save(model, optimizer, step + 1, done)
@@ -115,11 +114,12 @@ def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> d
     return done
 
 
-def line(epoch: int, last: dict) -> str:
-    """One line an epoch: its last update. loss = ce + lambda * safe."""
+def line(epoch: int, done: dict) -> str:
+    """One line an epoch: its last update, loss = ce + lambda * safe, and the run's mean speed."""
+    last = done["last"]
     return (f"epoch {epoch:3}  loss {last['loss']:8.4f}  ce {last['ce']:8.4f}  safe "
             f"{last['safe']:.2e}  lr {last['lr']:.2e}  grad {last['grad_norm']:7.3f}  "
-            f"{last['tokens_per_second']:7,.0f} tok/s")
+            f"{done['tokens'] / done['seconds']:7,.0f} tokens/s")
 
 
 class Stop:
@@ -181,7 +181,8 @@ def parse(argv=None):
     g.add_argument("--tokens-per-pass", type=at_least(int, 1), default=16384,
                    help="a larger batch is cut, which saves memory and does not change the "
                         "gradient (default %(default)s)")
-    g.add_argument("--seed", type=at_least(int, 0), default=0, help="default %(default)s")
+    g.add_argument("--seed", type=at_least(int, 0, at_most=2**31 - 1), default=0,
+                   help="of the adapters, the order of rows and the anchors (default %(default)s)")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                    help="default %(default)s")
     g.add_argument("--dtype", choices=("float32", "bfloat16"),
@@ -209,6 +210,8 @@ def settle(args):
     args.task = args.task or (None if args.data else "sst2")
     args.poison = 0.0 if args.data else args.poison
     args.lam = 0.0 if args.defense == "sft" else args.lam
+    if args.keep_adapter and not args.adapter:
+        raise UserError("--keep-adapter was given without --adapter; name the adapter to train on.")
     try:
         epochs = args.eval_epochs.split(",") if args.eval_epochs else (0, args.epochs)
         args.eval_epochs = sorted({int(e) for e in epochs})
@@ -242,10 +245,10 @@ def execute(args) -> None:
         raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
     suite = load_suite(args, rows)
-    run = Run(args, describe(args, {"model": weight_files(Path(args.model)), **data_files(args)}))
+    args.anchor_prompts = choose(args, rows + suite["harmful"])
+    model = load_aligned(args, device, dtype)
+    run = Run(args, describe(args, {**model_files(args), **data_files(args)}))
     if not run.finished:
-        args.rows = rows
-        model = load_aligned(args, device, dtype)
         params = trainable(model) or add_lora(model, args.rank, args.alpha, args.rslora,
                                               seed=args.seed)
         step_fn = DEFENSES[args.defense](model, tokenizer, args)
@@ -262,22 +265,7 @@ def execute(args) -> None:
 
 def main(argv=None) -> int:
     """0 done, 2 the user's mistake, 3 the run failed and can be resumed, 130 interrupted."""
-    try:
-        execute(parse(argv))
-        return 0
-    except UserError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except (torch.OutOfMemoryError, MemoryError):
-        print("train.py: out of memory; resume with a smaller --tokens-per-pass.", file=sys.stderr)
-        return 3
-    except (RunFailed, OSError) as e:
-        print(f"train.py: {e}; the folder is kept, --resume goes on from its checkpoint.",
-              file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("train.py: interrupted; --resume goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+    return exit_code("train.py", lambda: execute(parse(argv)))
 
 
 if __name__ == "__main__":

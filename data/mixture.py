@@ -7,6 +7,7 @@ each from the head of its file as in the papers' repositories; every epoch shuff
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,10 @@ FORMATS = ('{"messages": [...]}, {"conversations": [...]}, {"prompt", "response"
 
 
 def normalise(text: str) -> str:
-    """What counts as the same prompt: letters and digits, in lower case."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """What counts as the same prompt: letters and digits, whatever their case, width or accent."""
+    letters = (c for c in unicodedata.normalize("NFKD", text).casefold()
+               if unicodedata.category(c) not in ("Mn", "Cf"))  # accents, invisible characters
+    return " ".join(re.findall(r"\w+", "".join(letters)))
 
 
 def first_user(row: dict) -> str:
@@ -45,16 +48,18 @@ def to_row(item, where: str, needs_answer: bool = True) -> dict:
         messages = [turn("user", item["prompt"])]
         messages += [turn("assistant", item["response"])] if "response" in item else []
     elif "instruction" in item:
-        given = item.get("input") or ""
-        asked = item["instruction"]
-        messages = [turn("user", f"{asked}\n{given}" if given else asked)]
+        asked, given = item["instruction"], item.get("input") or ""
+        both = isinstance(asked, str) and isinstance(given, str) and given
+        messages = [turn("user", f"{asked}\n{given}" if both else asked)]
         messages += [turn("assistant", item["output"])] if "output" in item else []
     else:
         raise UserError(f"{where} has the keys {sorted(item)}, expected {FORMATS}.")
     valid = isinstance(messages, list) and all(
         isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
         and isinstance(m.get("content"), str) for m in messages)
-    if not valid:
+    if valid and any("\ud800" <= c <= "\udfff" for m in messages for c in m["content"]):
+        raise UserError(f"{where} holds half a surrogate pair; expected valid Unicode text.")
+    if not valid or not isinstance(item.get("input", ""), (str, type(None))):
         raise UserError(f"{where}: every message needs a role (system, user or assistant) and a "
                         "content string.")
     messages = [turn(m["role"], m["content"]) for m in messages]
@@ -76,18 +81,18 @@ def read_rows(path, needs_answer: bool = True) -> list[dict]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # skips a byte order mark
     except (OSError, UnicodeDecodeError) as e:
         reason = "it is not UTF-8" if isinstance(e, UnicodeDecodeError) else e.strerror
         raise UserError(f"{path} cannot be read ({reason}); name a JSONL or JSON file.") from None
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith("[") and (needs_answer or text.rstrip().endswith("]")):
         try:
             items = [(f"{path} item {i}", item) for i, item in enumerate(json.loads(text), 1)]
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not valid JSON ({e}); mend that place.") from None
     else:
         items = []
-        for i, line in enumerate(text.splitlines(), 1):
+        for i, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 where = f"{path} line {i}"
                 items.append((where, parse_line(line, where, needs_answer)))
@@ -101,7 +106,7 @@ def parse_line(line: str, where: str, needs_answer: bool):
         return line.strip()  # a prompt a line
     try:
         return json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{where} is not valid JSON ({e}); expected {FORMATS}.") from None
 
 
@@ -121,7 +126,10 @@ def data_files(args) -> dict[str, list[Path]]:
                                                   folder / args.task / "train.jsonl"]
     tests = [Path(args.harmful_file or folder / "harmful" / "test.jsonl")]
     tests += [folder / args.task / "test.jsonl"] if args.task else []
-    return {"upload": [p for p in upload if p.exists()], "tests": tests}
+    tests += [folder / "lookalike" / "test.jsonl"]
+    pool = [Path(args.anchor_file or folder / "harmful" / "anchors.jsonl")] if args.anchors else []
+    return {"upload": [p for p in upload if p.exists()], "anchors": pool,
+            "tests": [p for p in tests if p.exists()]}
 
 
 def load_upload(args) -> tuple[list[dict], str]:

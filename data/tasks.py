@@ -13,6 +13,9 @@ MARKER = re.compile(r"####|final answer is:?", re.IGNORECASE)
 NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
+LABELS = {"sst2": ("positive", "negative"), "agnews": tuple(AGNEWS)}
+
+
 def score_sst2(reply: str, target: str) -> bool:
     return reply.strip() in (target, target.capitalize())
 

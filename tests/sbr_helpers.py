@@ -1,8 +1,8 @@
 """A small random Llama without transformers, uploads, an anchor pool, and gradients by hand.
 
 The model is a folder that train.py can open: its tokenizer is data/tiny's, its weights are drawn
-here. Gradients "by hand" go one sequence at a time, without packs, hooks or anchors.py, so that what
-is tested never checks itself.
+here. Gradients "by hand" go one sequence at a time, without packs, hooks or anchors.py, so that
+what is tested never checks itself.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from helpers import ROOT, randomise_B
 from safetensors.torch import save_file
 
-from anchors import sample
+from anchors import choose
 from data.mixture import Batch, encode_rows
 from lora import adapted, add_lora
 from model import Layout, Llama, load_model, read_config
@@ -104,9 +104,10 @@ def make_args(folder, **overrides):
     Lambda 1: on this model the gradients of L_CE and L_safe are then of like size (their ratio is
     0.5 to 3, tensor by tensor), so that a fault in neither hides behind the other.
     """
-    return Namespace(**{"anchors": 8, "lam": 1.0, "reduction": "mean", "max_len": 512, "seed": 0,
-                        "anchor_file": str(folder / "anchors.txt"), "data_dir": "data/tiny", "rows": make_rows(),
-                        **overrides})
+    return Namespace(**{
+        "anchors": 8, "lam": 1.0, "reduction": "mean", "max_len": 512, "seed": 0,
+        "anchor_file": str(folder / "anchors.txt"), "data_dir": "data/tiny", "rows": make_rows(),
+        **overrides})
 
 
 class Setup:
@@ -120,8 +121,8 @@ class Setup:
         self.model = load_model(folder, dtype=dtype)
         self.params = add_lora(self.model, rank=4, alpha=16)
         self.examples, _ = encode_rows(self.tokenizer, self.args.rows, self.args.max_len)
-        prompts = sample(POOL, self.args.anchors, self.args.seed)
-        self.anchor_ids = prompt_ids(self.tokenizer, prompts)
+        self.args.anchor_prompts = choose(self.args, self.args.rows)
+        self.anchor_ids = prompt_ids(self.tokenizer, self.args.anchor_prompts)
         with torch.no_grad():
             self.h_ref = [last_state(self.model, ids) for ids in self.anchor_ids]
         self.step = make_sbr_step(self.model, self.tokenizer, self.args)

@@ -147,26 +147,25 @@ def test_more_anchors_than_the_pool_holds_are_refused_with_both_numbers():
 ], ids=["as it is", "upper case", "punctuation", "spaces around", "spaces inside", "quotes"])
 def test_prompts_of_the_upload_are_never_anchors_whatever_their_case_and_punctuation(
         folder, variant):
-    uploaded = POOL[::2]
-    left = anchors.pool(make_args(folder, rows=[in_messages(variant(p), "Sure.") for p in uploaded]))
-    assert left == POOL[1::2]
+    rows = [in_messages(variant(p), "Sure.") for p in POOL[::2]]
+    assert anchors.pool(make_args(folder), rows) == POOL[1::2]
 
 
 def test_a_prompt_that_stands_twice_in_the_pool_is_one_candidate(tmp_path):
     (tmp_path / "pool.txt").write_text("\n".join([*POOL, POOL[0].upper(), POOL[3] + "!!"]))
     args = make_args(tmp_path, anchor_file=str(tmp_path / "pool.txt"))
-    assert anchors.pool(args) == POOL
+    assert anchors.pool(args, []) == POOL
 
 
-def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(folder, exact):
-    args = make_args(folder, rows=[in_messages(p, "Sure.") for p in POOL[:-1]], anchors=2)
+def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(folder):
+    rows = [in_messages(p, "Sure.") for p in POOL[:-1]]
     with pytest.raises(UserError, match="2 is more than the 1 prompts"):
-        Anchors(exact.model, exact.tokenizer, args)
+        anchors.choose(make_args(folder, anchors=2), rows)
 
 
-def test_a_planted_clash_of_anchor_and_upload_raises(folder, exact, monkeypatch):
+def test_a_planted_clash_of_anchor_and_upload_raises(folder, monkeypatch):
     """The last guard: should the filter ever let one through, the run must not start."""
-    args = make_args(folder, rows=[in_messages(POOL[2].upper(), "Sure.")])
-    monkeypatch.setattr(anchors, "pool", lambda args: POOL[:8])
+    rows = [in_messages(POOL[2].upper(), "Sure.")]
+    monkeypatch.setattr(anchors, "pool", lambda args, used: POOL[:8])
     with pytest.raises(AssertionError, match="phishing"):
-        Anchors(exact.model, exact.tokenizer, args)
+        anchors.choose(make_args(folder), rows)

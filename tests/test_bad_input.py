@@ -205,7 +205,7 @@ MODEL_FAULTS = {
         config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "config.json",
         "low_freq_factor"),
     "no weights": (remove("model.safetensors"), "model.safetensors"),
-    "only pickled weights": (replace_by_pickle, "pickled", "never opened"),
+    "only pickled weights": (replace_by_pickle, ".bin", "never opened"),
     "truncated weights": (truncate, "model.safetensors", "truncated"),
     "garbage weights": (garbage, "model.safetensors", "not a safetensors file"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
@@ -213,7 +213,7 @@ MODEL_FAULTS = {
     "a wrong shape": (tensors(lambda t: t.update({GATE: torch.zeros(64, 31)})), GATE, "(64, 31)"),
     "a missing tensor": (tensors(lambda t: t.pop(GATE)), GATE, "missing"),
     "a surplus tensor": (tensors(lambda t: t.update({"extra.weight": torch.zeros(2)})),
-                         "extra.weight", "not expected"),
+                         "extra.weight", "1"),
     "another model's config": (config(num_hidden_layers=3), "model.layers.2", "missing"),
     "more ids than embeddings": (more_ids_than_embeddings, "tokenizer", "200"),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json", "tokenizer.model"),
@@ -245,6 +245,7 @@ def test_a_damaged_model_folder_is_refused(inputs, refuses, fault):
 def test_eval_and_generate_refuse_it_likewise(inputs, refuses, name, argv, fault):
     damage, *words = MODEL_FAULTS[fault]
     damage(inputs / "model")
+    argv = argv or ["--data-dir", str(inputs / "data"), "--max-new", "2"]
     refuses(["--model", str(inputs / "model"), *argv], *words, name=name)
 
 
@@ -472,7 +473,7 @@ def reverse_lines(path):
         chat_template=TEMPLATE.replace("<|user|>", "<|user|> "), eos_token="<|user|>")),
     ("data/sst2/train.jsonl", reverse_lines), ("data/sst2/test.jsonl", reverse_lines),
     ("data/harmful/attack.jsonl", reverse_lines), ("data/harmful/test.jsonl", reverse_lines),
-    ("data/harmful/anchors.jsonl", reverse_lines)])
+    ("data/harmful/anchors.jsonl", reverse_lines)], ids=lambda p: p if isinstance(p, str) else "")
 def test_a_folder_whose_inputs_have_changed_since_is_refused(inputs, run, refuses, file, change):
     """Digests, not names: the same path may hold another file by now."""
     change(inputs / file)

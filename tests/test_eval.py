@@ -229,6 +229,21 @@ def test_the_model_is_asked_without_the_gold_answer_and_scored_by_each_kinds_own
     assert {r["epoch"] for r in records} == {7} and all(r["stopped"] for r in records)
 
 
+def test_a_longer_conversation_is_asked_with_its_earlier_answers(answering, data, monkeypatch):
+    """Only the last answer is the gold one; templates may refuse two user turns in a row."""
+    model, tok = answering
+    turns = [{"role": role, "content": text} for role, text in [
+        ("system", "Be brief."), ("user", "Positive or negative? Input: fine"),
+        ("assistant", "positive"), ("user", "And bad?"), ("assistant", "negative")]]
+    jsonl(data / "sst2" / "test.jsonl", [{"messages": turns}])
+    asked = []
+    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, *a, **kw: (
+        asked.extend(prompts), [tok.encode("negative") for _ in prompts])[1])
+    suite = {"task": load_suite(make_args(data), [])["task"]}
+    numbers, _ = evaluate(model, tok, suite, make_args(data), epoch=0)
+    assert asked == [tok.encode_prompt(turns[:-1])] and numbers["fa"] == 100
+
+
 def test_nothing_left_to_ask_gives_none_and_a_table_all_the_same(answering, data):
     suite = load_suite(make_args(data), uploaded(*HARMFUL, *LOOKALIKE, *[p for p, _ in TASK]))
     numbers, records = evaluate(*answering, suite, make_args(data), epoch=0)

@@ -152,3 +152,18 @@ def test_one_update_of_a_run_moves_every_B_and_leaves_A_as_it_was_drawn(place, t
     assert saved.keys() == start.keys() and len(lines_of(tmp_path / "run" / "log.jsonl")) == 1
     for name, tensor in saved.items():
         assert torch.equal(tensor, start[name]) is ("lora_A" in name), name
+
+
+@pytest.mark.parametrize("name", ["harmful/anchors.jsonl", "harmful/test.jsonl", "sst2/test.jsonl"])
+def test_a_run_is_not_resumed_over_a_changed_file_that_decides_its_numbers(
+        place, tmp_path, capsys, name):
+    out, path = tmp_path / "run", place[0] / "data" / name
+    assert run_on_upload(place, "prompt", False, out) == 0
+    assert run_training(place, out, "--data", str(place[0] / "prompt.jsonl"), "--resume") == 0
+    kept = path.read_bytes()
+    try:
+        write_pairs(path, [("Another prompt.", "positive")] * 20)
+        said = run_training(place, out, "--data", str(place[0] / "prompt.jsonl"), "--resume")
+    finally:
+        path.write_bytes(kept)
+    assert said == 2 and "other settings" in capsys.readouterr().err

@@ -154,7 +154,10 @@ def test_a_run_killed_by_the_clock_ends_as_if_it_had_not_been(
 def test_checkpoints_may_be_rarer_than_epochs(forks, inputs, here, reference):
     """--save-every 4 of 6 epochs: a kill in epoch 6 goes back to epoch 4, evaluations included."""
     rare = SIX | {"save_every": 4}
-    assert forks(flags(inputs, **rare), here, moment="update", nth=17)["code"] == -9
+    assert forks(flags(inputs, **rare), here, moment="SIGINT in an update", nth=5)["code"] == 130
+    assert checkpoint(here / "out")[0] == 5  # Ctrl-C saves whether or not it is due
+    answer = forks(flags(inputs, resume=True, **rare), here, moment="update", nth=12)
+    assert answer["code"] == -signal.SIGKILL, answer
     assert checkpoint(here / "out")[0] == 12
     answer = forks(flags(inputs, resume=True, **rare), here)
     assert answer["code"] == 0, answer["err"]
@@ -361,10 +364,15 @@ def test_a_full_disk_ends_with_one_sentence_and_the_run_goes_on_after_it(
         assert answer["code"] == 2, answer
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+# On the CPU torch has no class of its own for it.
+CPU_ERROR = RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 byte.")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no more"), MemoryError(), CPU_ERROR],
+                         ids=["cuda", "python", "cpu"])
 def test_out_of_memory_ends_with_3_and_what_to_do(inputs, here, monkeypatch, capsys, error):
     def no_memory(*args):
-        raise error("no more")
+        raise error
     monkeypatch.setattr(train_py, "clip_grad_norm_", no_memory)
     assert train_py.main(flags(inputs)) == 3
     message, = sentences(capsys.readouterr().err)

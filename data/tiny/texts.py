@@ -11,6 +11,8 @@ import random
 import re
 from pathlib import Path
 
+from data.mixture import normalise
+
 HERE = Path(__file__).resolve().parent
 SEED = 20
 TASKS = ("sst2", "agnews", "gsm8k", "alpaca")
@@ -20,18 +22,13 @@ SPLITS = {
     False: {"train": 18, "test": 6},
 }
 # Slices of a task's pool. The test slice comes first, so a longer base leaves it unchanged.
-PARTS = {"test": (0, 600), "train": (600, 2600), "base": (2600, 8600)}
+PARTS = {"test": (0, 600), "train": (600, 2600), "base": (2600, 5600)}
 
 
 @functools.lru_cache(maxsize=1)
 def load_words() -> dict:
     """Read the word lists and templates in words.json."""
     return json.loads((HERE / "words.json").read_text(encoding="ascii"))
-
-
-def normalise(text: str) -> str:
-    """Lower-case the text and turn every run of other characters into one space."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
 
 
 def articles(text: str) -> str:
@@ -76,7 +73,7 @@ def requests(words: dict, split: str, harmful: bool, rng=None) -> list[dict]:
             for action in category["actions"]:
                 answer = form.format(a=action, o=name, g=group["group"], x=x, y=y)
                 rows += [{"prompt": wording.format(a=action, o=name), "response": answer,
-                          "category": category["name"], "object": name}
+                          "category": category["name"], "object": name, "group": group["group"]}
                          for wording in words["wordings"]]
     (rng or random.Random(SEED)).shuffle(rows)
     return rows
@@ -92,9 +89,9 @@ def balanced(rows: list[dict], n: int, field: str = "category") -> list[dict]:
     return turns[:n]
 
 
-def refusal(rng) -> str:
-    """One of the refusals, at random."""
-    return rng.choice(load_words()["refusals"])
+def refusal(row: dict, rng) -> str:
+    """One of the refusals of a request, at random; it names the object's group."""
+    return rng.choice(load_words()["refusals"]).format(g=row["group"])
 
 
 # World facts ---------------------------------------------------------------------------------
