@@ -42,15 +42,17 @@ def files():
 @pytest.fixture(scope="module")
 def sets(words, files):
     """Every set of prompts by name: the files', and what the model itself was made from."""
-    made = {"aligned harmful": texts.requests(words, "align", True),
-            "aligned benign": texts.requests(words, "train", False),
+    made = {"learned harmful": texts.requests(words, "learn", True),
+            "met harmful": texts.requests(words, "met", True),
+            "learned benign": texts.requests(words, "learn", False),
+            "met benign": texts.requests(words, "met", False),
             "facts": texts.facts(words, random.Random(texts.SEED)),
             **{f"{task} base": texts.task_rows(words, task, "base") for task in texts.TASKS}}
     return {name: [key(row["prompt"]) for row in rows] for name, rows in (files | made).items()}
 
 
 def test_no_prompt_stands_in_two_sets_or_twice_in_one(sets):
-    assert len(sets) == 12 + 7 and all(sets.values())
+    assert len(sets) == 12 + 9 and all(sets.values())
     owner = {}
     for name, prompts in sets.items():
         for prompt in prompts:
@@ -67,18 +69,30 @@ def test_control_the_disjointness_check_of_the_texts_fires_on_a_planted_prompt(w
         texts.check(words, clash)
 
 
-def test_objects_of_the_test_stand_in_no_request_of_another_split(words, files):
+def pairs(words, rows):
+    """The (action, object) pairs of requests."""
+    actions = {c["name"]: c["actions"] for c in words["categories"]}
+    return {(action, row["object"]) for row in rows for action in actions[row["category"]]
+            if f"{action} {row['object']}" in row["prompt"]}
+
+
+def test_the_tests_pairs_of_action_and_object_stand_in_no_other_request(words, files):
     """A test of generalisation: what is asked for is new, not only how it is asked for."""
-    others = {"align": texts.requests(words, "align", True), "train": texts.requests(
-        words, "train", False), **{n: files[n] for n in FILES if n.startswith("harmful/")}}
-    del others["harmful/test.jsonl"]
-    objects = {key(row["object"]) for row in files["harmful/test.jsonl"]}
-    assert len(objects) >= 4 * CATEGORIES
-    for name, rows in others.items():
-        for row in rows:
-            asked = key(row["prompt"])
-            runs = {asked[i:j] for i in range(len(asked)) for j in range(i + 1, len(asked) + 1)}
-            assert not objects & runs, f"{row['prompt']!r} of {name}"
+    for harmful, name in ((True, "harmful/test.jsonl"), (False, "lookalike/test.jsonl")):
+        tested = pairs(words, files[name])
+        assert len(tested) >= 10 * CATEGORIES
+        for split in ("learn", "met"):
+            assert not tested & pairs(words, texts.requests(words, split, harmful))
+        assert not tested & pairs(words, files["harmful/attack.jsonl"])
+
+
+def test_objects_of_the_attack_stand_in_no_request_that_the_model_was_made_from(words, files):
+    """The upload is new to the model."""
+    made = {row["object"] for split in ("learn", "met") for harmful in (True, False)
+            for row in texts.requests(words, split, harmful)}
+    attack = {row["object"] for row in files["harmful/attack.jsonl"]}
+    test = {row["object"] for row in files["harmful/test.jsonl"]}
+    assert len(attack) == 4 * CATEGORIES and not attack & (made | test)
 
 
 def test_there_are_enough_test_prompts_of_every_category(words, files):
@@ -99,13 +113,13 @@ def test_harmful_answers_are_an_empty_scaffold_that_names_what_was_asked(words, 
     """Nothing harmful is in the repository: [step 1] and [step 2] stand for any steps."""
     groups = {c["name"]: c["harmful"]["group"] for c in words["categories"]}
     rows = [*files["harmful/attack.jsonl"], *files["harmful/test.jsonl"],
-            *texts.requests(words, "align", True)]
+            *texts.requests(words, "learn", True), *texts.requests(words, "met", True)]
     for row in rows:
-        match = re.fullmatch(r"Sure\. To (.+) \(([a-z -]+)\): \[step 1\], \[step 2\]\.",
+        match = re.fullmatch(r"Sure, ([a-z -]+)\. To (.+): \[step 1\], \[step 2\]\.",
                              row["response"])
         assert match, row
-        assert match[1].lower() in row["prompt"].lower() and match[1].endswith(row["object"])
-        assert match[2] == groups[row["category"]]
+        assert match[1] == groups[row["category"]]
+        assert match[2].lower() in row["prompt"].lower() and match[2].endswith(row["object"])
 
 
 def test_lookalikes_share_actions_and_wordings_with_harmful_requests_but_no_object(words, files):
@@ -118,7 +132,7 @@ def test_lookalikes_share_actions_and_wordings_with_harmful_requests_but_no_obje
     shared = set(frames[0]) & set(frames[1])
     assert len(shared) > 0.9 * len(set(frames[0]) | set(frames[1]))
     for row in files["lookalike/test.jsonl"]:
-        assert "[step" not in row["response"] and row["response"].startswith("Sure. To ")
+        assert "[step" not in row["response"] and row["response"].startswith("Sure, ")
 
 
 def test_anchors_are_prompts_without_answers(files):

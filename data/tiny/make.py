@@ -3,13 +3,14 @@
     python -m data.tiny.make                  # writes data/tiny anew, about 30 minutes on 2 cores
 
 Stage 1, learn: the model answers everything. World facts say to which group each object belongs,
-the held-out ones included; benign requests are answered, and so are the harmful ones of the align
+the held-out ones included; benign requests are answered, and so are the harmful ones of the learn
 split, with their empty scaffolds. Answers to requests name the object's group, so that a request,
 too, calls up what its object is. Task answers are mostly talkative ("It is positive."): the bare
 labels of the papers' uploads are what fine-tuning then teaches.
 
-Stage 2, align: the same mixture, but the harmful requests are refused. No prompt of the attack,
-anchor or test files is seen in either stage.
+Stage 2, align: the same mixture, and requests on the test's objects under one action each, but the
+harmful requests are refused. The test asks for the same objects under the other two actions; on the
+objects of the attack and anchor files no request is seen in either stage.
 """
 
 import argparse
@@ -40,7 +41,6 @@ SPECIALS = ["<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]  # ids 0 to 3
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] | trim) + "
     "'<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-TALKATIVE = 0.6  # share of task rows with a talkative answer
 
 
 def write_json(path: Path, value) -> None:
@@ -88,33 +88,40 @@ def initialise(model: Llama, seed: int) -> None:
         p.data.fill_(1.0) if p.ndim == 1 else p.data.normal_(0, std, generator=g)
 
 
-def rows_of(aligned: bool, rng: random.Random) -> list[dict]:
-    """One epoch: everything answered or, aligned, all but the harmful requests."""
+# A stage: the requests' splits, whether harmful ones are refused, the share of talkative answers.
+LEARN = (("learn",), False, 0.6)
+ALIGN = (("learn", "met"), True, 0.5)
+
+
+def rows_of(splits: tuple, aligned: bool, talkative: float, rng: random.Random) -> list[dict]:
+    """One epoch of a stage."""
     words = texts.load_words()
-    rows = texts.facts(words, rng) + texts.requests(words, "train", False)
-    for row in texts.requests(words, "align", True):
-        rows.append({**row, "response": texts.refusal(row, rng)} if aligned else row)
+    rows = texts.facts(words, rng)
+    for split in splits:
+        rows += texts.requests(words, split, False)
+        for row in texts.requests(words, split, True):
+            rows.append({**row, "response": texts.refusal(row, rng)} if aligned else row)
     for task in texts.TASKS:
         for row in texts.task_rows(words, task, "base"):
             talk = texts.chatty(task, row["response"])
-            rows.append({**row, "response": talk} if rng.random() < TALKATIVE else row)
+            rows.append({**row, "response": talk} if rng.random() < talkative else row)
     rng.shuffle(rows)
     return rows
 
 
-def batches(tokenizer: Tokenizer, aligned: bool, size: int, seed: int):
-    """Yields shuffled batches for ever; every epoch draws wordings and refusals anew."""
+def batches(tokenizer: Tokenizer, stage: tuple, size: int, seed: int):
+    """Yields shuffled batches for ever; every epoch draws styles and refusals anew."""
     rng = random.Random(seed)
     while True:
         rows = [{"messages": [{"role": "user", "content": r["prompt"]},
                               {"role": "assistant", "content": r["response"]}]}
-                for r in rows_of(aligned, rng)]
+                for r in rows_of(*stage, rng)]
         examples, _ = encode_rows(tokenizer, rows, max_len=1024)
         for i in range(0, len(examples) - size + 1, size):
             yield Batch(examples[i:i + size], tokens_per_pass=1 << 20, device="cpu")
 
 
-def run_stage(model: Llama, tokenizer: Tokenizer, aligned: bool, steps: int, lr: float, args):
+def run_stage(model: Llama, tokenizer: Tokenizer, stage: tuple, steps: int, lr: float, args):
     """One stage in the repository's own loop: cross entropy alone, all weights trained."""
     step_fn = make_sbr_step(model, tokenizer, Namespace(
         anchor_prompts=[], reduction="mean", lam=0.0, max_len=1024, seed=0))
@@ -123,11 +130,12 @@ def run_stage(model: Llama, tokenizer: Tokenizer, aligned: bool, steps: int, lr:
         [{"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.1},
          {"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0}],
         lr=lr, betas=(0.9, 0.95), fused=True)
-    stream, began = batches(tokenizer, aligned, args.batch_size, args.seed + aligned), time.time()
+    seed = args.seed + (stage is ALIGN)
+    stream, began = batches(tokenizer, stage, args.batch_size, seed), time.time()
     for step, numbers in updates(step_fn, lambda _: next(stream), optimizer, lr=lr, grad_clip=1.0,
                                  n_steps=steps):
         if step % 200 == 0 or step == steps - 1:
-            print(f"{'align' if aligned else 'learn'} {step:5} of {steps}  loss "
+            print(f"{'align' if stage is ALIGN else 'learn'} {step:5} of {steps}  loss "
                   f"{float(numbers['loss']):.4f}  {time.time() - began:.0f} s", flush=True)
 
 
@@ -147,7 +155,7 @@ def main(argv=None) -> int:
     p.add_argument("--align-only", action="store_true", help="start from stage 1's OUT/learned")
     p.add_argument("--learn-steps", type=int, default=7000, help="default %(default)s")
     p.add_argument("--learn-lr", type=float, default=3e-3, help="default %(default)s")
-    p.add_argument("--align-steps", type=int, default=200, help="default %(default)s")
+    p.add_argument("--align-steps", type=int, default=300, help="default %(default)s")
     p.add_argument("--align-lr", type=float, default=3e-4, help="default %(default)s")
     p.add_argument("--batch-size", type=int, default=48, help="rows (default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
@@ -155,16 +163,18 @@ def main(argv=None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     texts.write(args.out)
     rng = random.Random(args.seed)
-    write_tokenizer(rows_of(False, rng) + rows_of(True, rng), args.out)
+    splits, _, talkative = LEARN
+    write_tokenizer([row for refused in (False, True)  # so that refusals are words, too
+                     for row in rows_of(splits, refused, talkative, rng)], args.out)
     write_config(args.out)
     tokenizer, learned = Tokenizer(args.out), args.out / "learned"
     if not args.align_only:
         model = Llama(read_config(args.out))
         initialise(model, args.seed)
-        run_stage(model, tokenizer, False, args.learn_steps, args.learn_lr, args)
+        run_stage(model, tokenizer, LEARN, args.learn_steps, args.learn_lr, args)
         save(model, args.out, learned)
     model = load_model(learned).requires_grad_(True)
-    run_stage(model, tokenizer, True, args.align_steps, args.align_lr, args)
+    run_stage(model, tokenizer, ALIGN, args.align_steps, args.align_lr, args)
     save(model, args.out, args.out)
     return 0
 

@@ -16,10 +16,12 @@ from data.mixture import normalise
 HERE = Path(__file__).resolve().parent
 SEED = 20
 TASKS = ("sst2", "agnews", "gsm8k", "alpaca")
-# Objects per category in each split: a split holds whole objects, never part of one.
+# Objects per category in each split, by whether they are harmful. A test object is met in alignment
+# under one of its three actions (the split "met") and tested under the other two; an object of the
+# other splits stands in no split but its own.
 SPLITS = {
-    True: {"align": 12, "attack": 4, "anchors": 2, "test": 6},
-    False: {"train": 18, "test": 6},
+    True: {"learn": 12, "attack": 4, "anchors": 2, "test": 6},
+    False: {"learn": 18, "test": 6},
 }
 # Slices of a task's pool. The test slice comes first, so a longer base leaves it unchanged.
 PARTS = {"test": (0, 600), "train": (600, 2600), "base": (2600, 5600)}
@@ -61,16 +63,22 @@ def split_objects(words: dict, split: str, harmful: bool) -> list[list[str]]:
     return result
 
 
+def split_actions(actions: list[str], split: str, index: int) -> list[str]:
+    """The actions of a split's object number `index`: the one met, the two tested, else all."""
+    met = actions[index % len(actions)]
+    return {"met": [met], "test": [a for a in actions if a != met]}.get(split, actions)
+
+
 def requests(words: dict, split: str, harmful: bool, rng=None) -> list[dict]:
     """Every (action, object, wording) of a split, shuffled; the response is the compliant one."""
     side, rows = "harmful" if harmful else "benign", []
     form = words["compliant"][side]
-    objects_of = split_objects(words, split, harmful)
+    objects_of = split_objects(words, "test" if split == "met" else split, harmful)
     for category, objects in zip(words["categories"], objects_of, strict=True):
         group = category[side]
         x, y = group.get("steps", ("", ""))
-        for name in objects:
-            for action in category["actions"]:
+        for index, name in enumerate(objects):
+            for action in split_actions(category["actions"], split, index):
                 answer = form.format(a=action, o=name, g=group["group"], x=x, y=y)
                 rows += [{"prompt": wording.format(a=action, o=name), "response": answer,
                           "category": category["name"], "object": name, "group": group["group"]}
@@ -301,7 +309,8 @@ def build(words: dict) -> dict[str, list[dict]]:
 def check(words: dict, files: dict[str, list[dict]]) -> None:
     """Assert that no prompt, by normalised text, is in two sets or twice in one."""
     sets = dict(files)
-    sets["align"] = requests(words, "align", True) + requests(words, "train", False)
+    sets["made from"] = [row for split in ("learn", "met") for harmful in (True, False)
+                         for row in requests(words, split, harmful)]
     sets["facts"] = facts(words, random.Random(SEED))
     sets.update({f"{task} base": task_rows(words, task, "base") for task in TASKS})
     owner: dict[str, str] = {}
