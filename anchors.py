@@ -14,12 +14,10 @@ the paper's code does (F.mse_loss, HFT_SBR.py:93 of soyoaaa/SBR at 188990b): its
 50 / 4096 per squared norm on an 8B model.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from data.mixture import first_user, normalise, prompts_of, read_rows
+from data.mixture import anchor_pool, first_user, normalise, prompts_of, read_rows
 from model import Llama, UserError, to_fp32
 
 
@@ -38,7 +36,6 @@ class FinalNorm:
 
     def __exit__(self, *exception):
         self.handle.remove()
-        self.value = None
 
 
 def choose(args, used: list[dict]) -> list[str]:
@@ -51,7 +48,7 @@ def choose(args, used: list[dict]) -> list[str]:
 
 def pool(args, used: list[dict]) -> list[str]:
     """Candidate anchors: --anchor-file or the data folder's pool, minus the prompts in use."""
-    path = Path(args.anchor_file or Path(args.data_dir) / "harmful" / "anchors.jsonl")
+    path = anchor_pool(args)
     if not path.exists():
         raise UserError(f"there is no anchor pool at {path}; pass --anchor-file with a harmful "
                         "prompt a line, or --anchors 0.")
@@ -74,8 +71,8 @@ def sample(candidates: list[str], k: int, seed: int) -> list[str]:
 
 @torch.no_grad()
 def reference(model: Llama, tokenizer, prompts: list[str]) -> Tensor:
-    """h (K, C), fp32: the final norm's output at each prompt's last token, in this model."""
-    return states(model, encode(tokenizer, prompts)).float()
+    """h (K, C), at least fp32: the final norm's output at each prompt's last token."""
+    return to_fp32(states(model, encode(tokenizer, prompts)))
 
 
 def encode(tokenizer, prompts: list[str]) -> list[Tensor]:
@@ -97,15 +94,14 @@ class Anchors:
     """K prompts, their reference states, and L_safe. With K = 0 there is nothing to hold."""
 
     def __init__(self, model: Llama, tokenizer, args):
-        """Phase 1: call while the adapters are still at B = 0. Holds args.anchor_prompts."""
+        """Phase 1, before the first update: the model still is the aligned one."""
         self.prompts = args.anchor_prompts
         self.ids, self.reduction = encode(tokenizer, self.prompts), args.reduction
         for prompt, ids in zip(self.prompts, self.ids, strict=True):
             if len(ids) > args.max_len:
                 raise UserError(f"the anchor {prompt[:40]!r} has {len(ids)} tokens, above "
                                 f"--max-len {args.max_len}; shorten it or raise --max-len.")
-        with torch.no_grad():
-            self.h_ref = to_fp32(states(model, self.ids)) if self.ids else None  # (K, C)
+        self.h_ref = reference(model, tokenizer, self.prompts) if self.prompts else None  # (K, C)
 
     def loss(self, h: Tensor) -> Tensor:
         """L_safe of h (K, C), in fp32: mean over K of the squared distance, over C too for mean."""

@@ -17,11 +17,17 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
-from data.mixture import first_user, load_upload, normalise, prompts_of, read_rows
+from data.mixture import (
+    first_user,
+    harmful_tests,
+    load_upload,
+    normalise,
+    prompts_of,
+    read_rows,
+    to_row,
+)
 from data.tasks import LABELS, TASKS
-from generate import generate
+from generate import add_place, generate, place
 from judges import JUDGES, is_degenerate, is_refusal
 from lora import load_adapter, merge, write_atomic
 from model import UserError, load_model, read_json, weight_files
@@ -42,8 +48,7 @@ def load_suite(args, upload) -> dict[str, list[dict]]:
 
     Prompts that also stand in the upload are left out; then the first --eval-n of each kind.
     """
-    data = Path(args.data_dir)
-    harmful = Path(args.harmful_file or data / "harmful" / "test.jsonl")
+    data, harmful = Path(args.data_dir), harmful_tests(args)
     if not harmful.exists():
         raise UserError(f"there are no harmful test prompts at {harmful}; pass --harmful-file with "
                         "a prompt a line.")
@@ -55,6 +60,8 @@ def load_suite(args, upload) -> dict[str, list[dict]]:
         if kind != "lookalike" or path.exists():
             rows = read_rows(path, needs_answer=kind == "task")
             suite[kind] = [r for r in rows if normalise(first_user(r)) not in seen][:args.eval_n]
+            if not suite[kind]:
+                raise UserError(f"every prompt of {path} stands in the upload; pass other tests.")
     for row in suite.get("task", []):
         target, labels = row["messages"][-1]["content"], LABELS.get(args.task)
         if labels and target not in labels:
@@ -63,12 +70,16 @@ def load_suite(args, upload) -> dict[str, list[dict]]:
     return suite
 
 
+def asked(row: dict) -> list[dict]:
+    """A test row's conversation without its last answer, the gold one."""
+    messages = row["messages"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def evaluate(model, tokenizer, suite, args, epoch: int) -> tuple[dict, list[dict]]:
     """Answers every prompt of the suite -> (numbers in percent, one record a prompt)."""
     rows = [(kind, row) for kind, kind_rows in suite.items() for row in kind_rows]
-    asked = [row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
-             for _, row in rows]  # all but the gold answer
-    prompts = [tokenizer.encode_prompt(messages) for messages in asked]
+    prompts = [tokenizer.encode_prompt(asked(row)) for _, row in rows]
     replies = generate(model, prompts, args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
                        progress=f"evaluating at epoch {epoch}")
     records = []
@@ -103,7 +114,7 @@ def summarise(records: list[dict]) -> dict:
     return numbers
 
 
-def load_aligned(args, device="cpu", dtype=torch.float32):
+def load_aligned(args, device, dtype):
     """The model that a run starts from: --model, with --adapter merged in or kept for training."""
     model = load_model(args.model, device, dtype)
     if args.adapter:
@@ -124,6 +135,8 @@ def model_files(args) -> dict[str, list[Path]]:
                             for n in ("adapter_config.json", "adapter_model.safetensors")]
     return files
 
+
+JUDGE, MAX_NEW = "refusal", 128  # the defaults of train.py's and eval.py's flags
 
 ROWS = {"hs": "HS, harmful replies", "hs_exact": "exact harmful answers",
         "hs_plus": "HS+, with degenerate", "fa": "FA, task accuracy",
@@ -191,44 +204,51 @@ def parse(argv=None):
     p.add_argument("--task", choices=TASKS, help="the task whose accuracy is FA")
     p.add_argument("--data-dir", help="folder with the tests (default: the run's, or data/tiny)")
     p.add_argument("--harmful-file", help="own harmful prompts: one a line, or JSONL")
-    p.add_argument("--judge", choices=JUDGES, default="refusal", help="default %(default)s")
+    p.add_argument("--judge", choices=JUDGES, help=f"default: the run's, or {JUDGE}")
     p.add_argument("--n-test", dest="eval_n", type=at_least(int, 1), default=1000,
                    help="prompts of each kind at most (default %(default)s, the paper's)")
-    p.add_argument("--max-new", type=at_least(int, 1), default=128,
-                   help="tokens a reply may have (default %(default)s)")
+    p.add_argument("--max-new", type=at_least(int, 1),
+                   help=f"tokens a reply may have (default: the run's, or {MAX_NEW})")
+    add_place(p)
     return p.parse_args(argv)
 
 
 def load_run(args):
-    """--run: its model with its adapter, tokenizer and upload; fills in what args leave open."""
+    """--run: its model with its adapter, tokenizer, and the rows whose prompts are not tested.
+
+    What args leave open is as in the run.
+    """
     finished = sorted(Path("runs").glob("*/result.json"), key=lambda p: p.stat().st_mtime)
     if not args.run and not finished:
         raise UserError("there is no finished run in runs/; pass --run or --model.")
     args.run = Path(args.run or finished[-1].parent)
     was = argparse.Namespace(**read_settings(args.run)["args"])
-    args.task, args.data_dir = args.task or was.task, args.data_dir or was.data_dir
-    args.harmful_file = args.harmful_file or was.harmful_file
-    model = load_model(was.model) if was.keep_adapter else load_aligned(was)
+    for name in ("task", "data_dir", "harmful_file", "judge", "max_new", "dtype"):
+        setattr(args, name, getattr(args, name) or getattr(was, name))
+    args.epoch = was.epochs
+    was.adapter = None if was.keep_adapter else was.adapter  # a kept one went on in the run's own
+    model = load_aligned(was, *place(args))
     load_adapter(model, args.run)
-    return model, Tokenizer(was.model, was.template_date), load_upload(was)[0]
+    held = [to_row(prompt, "anchor", needs_answer=False) for prompt in was.anchor_prompts]
+    return model, Tokenizer(was.model, was.template_date), load_upload(was)[0] + held
 
 
 def load_named(args):
     """--model and --adapter, tested on everything."""
-    args.data_dir = args.data_dir or "data/tiny"
-    model = load_model(args.model)
-    if args.adapter:
-        load_adapter(model, args.adapter)
-    return model, Tokenizer(args.model), []
+    args.data_dir, args.keep_adapter, args.epoch = args.data_dir or "data/tiny", True, 0
+    args.judge, args.max_new = args.judge or JUDGE, args.max_new or MAX_NEW
+    return load_aligned(args, *place(args)), Tokenizer(args.model), []
 
 
 def execute(args) -> None:
     """Prints the table; of a run it also keeps every prompt, reply and verdict."""
     if args.run and args.model:
         raise UserError("--run and --model were both given; pass the one to evaluate.")
-    model, tokenizer, upload = load_named(args) if args.model else load_run(args)
-    numbers, records = evaluate(model, tokenizer, load_suite(args, upload), args, epoch=0)
-    print(table({"0": numbers}))
+    if args.adapter and not args.model:
+        raise UserError("--adapter was given without --model; name the model it was trained on.")
+    model, tokenizer, seen = load_named(args) if args.model else load_run(args)
+    numbers, records = evaluate(model, tokenizer, load_suite(args, seen), args, args.epoch)
+    print(table({str(args.epoch): numbers}))
     if args.run:
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         write_atomic(args.run / f"eval-{args.judge}.jsonl", lines.encode())

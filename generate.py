@@ -60,8 +60,8 @@ class Row:
     def __init__(self, index: int, prompt: list[int]):
         self.index, self.prompt, self.reply = index, prompt, []
 
-    def ends_with(self, token: int, stop: set[int], max_new: int) -> bool:
-        """Takes the next token; True when the reply is complete."""
+    def take(self, token: int, stop: set[int], max_new: int) -> bool:
+        """Appends the next token; True when the reply is complete."""
         if token not in stop:
             self.reply.append(token)
         return token in stop or len(self.reply) == max_new
@@ -73,7 +73,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
     """Greedy replies to tokenised prompts, in their order, each without the stop id that ended it.
 
     n_ids: ids from here on are never chosen (an embedding may be larger than its tokenizer).
-    progress: a label switches a bar on. A reply does not depend on the batch that it rode in.
+    progress: a label switches a bar on. In fp32 a reply does not depend on the batch it rode in.
     """
     stop, B = set(stop_ids), min(batch_size, len(prompts))
     cache = KVCache(model.config, B, max(map(len, prompts), default=0) + max_new,
@@ -95,7 +95,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
                 last[:len(rows)] = decode(model, cache, rows, last, n_ids)
             tokens = last.tolist()
             for slot in reversed(range(old, len(rows))):
-                if rows[slot].ends_with(tokens[slot], stop, max_new):
+                if rows[slot].take(tokens[slot], stop, max_new):
                     replies[rows[slot].index] = rows[slot].reply
                     rows[slot] = rows[-1]  # the last slot moves into the free place
                     rows.pop()
@@ -125,6 +125,27 @@ def decode(model: Llama, cache: KVCache, rows: list[Row], last: Tensor, n_ids) -
     return logits[:, :n_ids].argmax(-1)
 
 
+def add_place(p) -> None:
+    """The two flags that place() reads."""
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                   help="default %(default)s: the first of cuda, mps and cpu that is there")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="of the model; adapters are fp32 (default: bfloat16 on CUDA, else float32)")
+
+
+def place(args) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the flags; UserError for a device that is not there."""
+    here = [name for name, there in (("cuda", torch.cuda.is_available()),
+                                     ("mps", torch.backends.mps.is_available()),
+                                     ("cpu", True)) if there]
+    name = here[0] if args.device == "auto" else args.device
+    if name not in here:
+        raise UserError(f"--device {name} is not on this machine, expected one of "
+                        f"{', '.join(here)}; leave the flag out to take the first.")
+    dtype = args.dtype or ("bfloat16" if name == "cuda" else "float32")
+    return torch.device(name), getattr(torch, dtype)
+
+
 def main(argv=None) -> int:
     """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
     p = Parser("generate.py", "Answer one prompt greedily.")
@@ -133,6 +154,7 @@ def main(argv=None) -> int:
     p.add_argument("--prompt", required=True, help="the user's turn")
     p.add_argument("--max-new", type=at_least(int, 1), default=256,
                    help="tokens the answer may have (default %(default)s)")
+    add_place(p)
     return exit_code("generate.py", lambda: answer(p.parse_args(argv)))
 
 
@@ -140,7 +162,7 @@ def answer(args) -> None:
     """Prints the model's greedy answer to --prompt."""
     if any("\ud800" <= c <= "\udfff" for c in args.prompt):
         raise UserError("--prompt is not valid text; pass it in the terminal's encoding.")
-    model, tokenizer = load_model(args.model), Tokenizer(args.model)
+    model, tokenizer = load_model(args.model, *place(args)), Tokenizer(args.model)
     if args.adapter:
         load_adapter(model, args.adapter)
     prompt = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])

@@ -52,8 +52,8 @@ def adapted(model: nn.Module):
     return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]
 
 
-def add_lora(model: nn.Module, rank: int = 16, alpha: float = 16, rslora: bool = False,
-             targets=TARGETS, seed: int = 0) -> list[nn.Parameter]:
+def add_lora(model: nn.Module, rank: int, alpha: float, rslora: bool = False, targets=TARGETS,
+             seed: int = 0) -> list[nn.Parameter]:
     """Puts fresh adapters on every Linear whose last name component is in `targets`.
 
     Returns the tensors to train, A and B of each module in turn: the only ones with requires_grad.

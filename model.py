@@ -10,7 +10,7 @@ Nothing is padded: a batch is `ids` (N,), all sequences end to end, and `seqlens
     logits = lm_head(h)
 
 Module names are Hugging Face's, so a checkpoint loads without a rename map.
-Norms and rotary angles are computed in fp32 and rounded to the model's dtype, as transformers does.
+Norms and rotary angles are computed in fp32 and rounded once to the model's dtype.
 
 Shape letters: N packed tokens, R rows asked for, B sequences, T longest sequence, S cache length,
 C dim, H heads, KV key/value heads, D head_dim, V vocab, K anchors.
@@ -32,16 +32,15 @@ class UserError(Exception):
     """The user's mistake, in one sentence: what was given, what is expected, what to do."""
 
 
-# What a family is where config.json is silent. Gemma's first releases wrote "gelu" and meant the
-# tanh form, which is therefore what both spellings get.
+# What a family is where config.json is silent. Gemma's first files wrote "gelu" for its tanh form.
 FAMILIES = {
     "LlamaForCausalLM": dict(qkv_bias=False, tied=False, gemma=False, act="silu"),
     "Qwen2ForCausalLM": dict(qkv_bias=True, tied=False, gemma=False, act="silu"),
     "GemmaForCausalLM": dict(qkv_bias=False, tied=True, gemma=True, act="gelu_pytorch_tanh"),
 }
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "intermediate_size", "vocab_size")
+SIZES = ("hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+         "intermediate_size vocab_size max_position_embeddings").split()
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
                   "original_max_position_embeddings")
 
@@ -86,13 +85,11 @@ def read_config(dir) -> Config:
     c = read_json(path)
     arch = (c.get("architectures") or [None])[0]
     if arch not in FAMILIES:
-        raise UserError(f"{path} names the architecture {arch}, expected one of "
-                        f"{', '.join(FAMILIES)}.")
+        raise UserError(f"{path} names the architecture {arch}, expected {', '.join(FAMILIES)}.")
     if c.get("quantization_config"):
         raise UserError(f"{path} describes a quantised checkpoint; choose the original one.")
     family = FAMILIES[arch]
-    # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})  # transformers 5, and 4
     kind = rope.setdefault("rope_type", rope.pop("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"{path} asks for {kind} rotary scaling, expected default or llama3.")
@@ -113,8 +110,7 @@ def read_config(dir) -> Config:
             hidden_dim=c["intermediate_size"], vocab_size=c["vocab_size"],
             norm_eps=c["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0),
-            rope_scaling=scaling,
-            max_positions=c["max_position_embeddings"],
+            rope_scaling=scaling, max_positions=c["max_position_embeddings"],
             tied=c.get("tie_word_embeddings", family["tied"]),
             qkv_bias=c.get("attention_bias", family["qkv_bias"]),
             o_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
@@ -173,7 +169,7 @@ class Layout:
     """
 
     def __init__(self, seqlens, device, start: Tensor | None = None):
-        lens = torch.as_tensor(seqlens)
+        lens = torch.as_tensor(seqlens, device="cpu")
         self.B, self.T = len(lens), int(lens.max())
         first = lens.cumsum(0) - lens  # (B,) first row of each sequence
         t = torch.arange(int(lens.sum())) - first.repeat_interleave(lens)  # (N,) position
@@ -192,10 +188,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention inside each sequence; q (N, H, D), k and v (N, KV, D) -> (N, H, D)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn  # CUDA half precision only
-        # enable_gqa came with torch 2.12; before it the kernel took fewer KV heads unasked.
+        # torch 2.12 made enable_gqa a must; in 2.11 the kernel takes fewer KV heads unasked.
         asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
-        gqa = {"enable_gqa": True} if asks else {}
-        cu, T = layout.cu_seqlens, layout.T
+        gqa, cu, T = {"enable_gqa": True} if asks else {}, layout.cu_seqlens, layout.T
         return varlen_attn(q, k, v, cu, cu, T, T, window_size=(-1, 0), **gqa)
     # Right padding is invisible under causality: no mask, and no row is ever fully masked.
     B, T = layout.B, layout.T
@@ -293,7 +288,9 @@ class Llama(nn.Module):
         """
         decoding = cache is not None and cache.slots is None
         start = cache.length[:len(ids)] if decoding else None
-        h = self.model(ids, Layout(seqlens, ids.device, start), cache)
+        layout = Layout(seqlens, ids.device, start)
+        assert len(layout.cell) == len(ids), "seqlens must sum to the number of ids"
+        h = self.model(ids, layout, cache)
         h = h if rows is None else h[rows]
         unembedding = self.model.embed_tokens if self.config.tied else self.lm_head
         return F.linear(h, unembedding.weight)

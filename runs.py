@@ -31,9 +31,9 @@ from safetensors.torch import save
 from lora import PEFT_PREFIX, adapted, adapter_state, save_adapter, write_atomic
 from model import UserError, read_json
 
-# May differ between a run and its resumption: none of them changes a number.
+# May differ between a run and its resumption: none changes a number by more than rounding.
 FREE = {"out", "resume", "save_every", "tokens_per_pass"}
-PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2")
+PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
 
 
 class RunFailed(Exception):
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def exit_code(prog: str, work) -> int:
+def exit_code(prog: str, work, resumable: bool = False) -> int:
     """Runs work() -> 0 done, 2 the user's mistake, 3 failed, 130 interrupted, and says which."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a reply may hold what the terminal cannot show
@@ -61,13 +61,17 @@ def exit_code(prog: str, work) -> int:
     except UserError as e:
         code, said = 2, str(e)
     except KeyboardInterrupt:
-        code, said = 130, "interrupted; --resume goes on from a run's last checkpoint."
+        code, said = 130, "interrupted"
     except (RunFailed, OSError) as e:
-        code, said = 3, f"{e}; what a run had saved is kept, and --resume goes on from there."
+        code, said = 3, str(e)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "alloc" not in str(e):
+        told = str(e).lower()
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not any(
+                s in told for s in ("out of memory", "can't allocate memory", "alloc_failed")):
             raise
-        code, said = 3, "out of memory; try a smaller --tokens-per-pass (with --resume in a run)."
+        code, said = 3, "out of memory" + "; try a smaller --tokens-per-pass" * resumable
+    if code != 2 and resumable:
+        said += "; what was saved is kept, and --resume goes on from there."
     print(f"{prog}: {said}", file=sys.stderr)
     return code
 
@@ -221,12 +225,10 @@ class Run:
         """The checkpoint: everything before update `step` is in it."""
         for file in self.files.values():
             os.fsync(file.fileno())
-        tensors, names = {}, list(adapter_state(model))
-        for name, p in zip(names, optimizer.param_groups[0]["params"], strict=True):
-            tensors[name] = p.detach().cpu()
+        tensors = adapter_state(model)
+        for name, p in zip(list(tensors), optimizer.param_groups[0]["params"], strict=True):
             for moment in ("exp_avg", "exp_avg_sq"):
-                if p in optimizer.state:
-                    tensors[f"{moment}.{name}"] = optimizer.state[p][moment].cpu()
+                tensors[f"{moment}.{name}"] = optimizer.state[p][moment].cpu()
         sizes = {name: file.seek(0, os.SEEK_END) for name, file in self.files.items()}
         about = {"step": step, "done": done, "sizes": sizes}
         write_atomic(self.dir / "state.safetensors", save(tensors, {"run": json.dumps(about)}))
@@ -247,7 +249,8 @@ def peak_bytes() -> int:
     """The most memory so far: on CUDA what tensors took there, else the process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Log:
@@ -287,14 +290,15 @@ def restore(path: Path, model, optimizer) -> tuple[int, dict, dict]:
     except SafetensorError as e:
         raise UserError(f"{path} is not a checkpoint ({e}); pass another --out.") from None
     with file as f:
-        about = json.loads(f.metadata()["run"])
+        about = json.loads((f.metadata() or {}).get("run", "null"))
+        if about is None:
+            raise UserError(f"{path} is not a checkpoint; pass another --out.")
         for name, m in adapted(model):
             for part in ("lora_A", "lora_B"):
                 p, key = getattr(m, part), f"{PEFT_PREFIX}{name}.{part}.weight"
                 p.data.copy_(f.get_tensor(key))
-                if about["step"]:
-                    optimizer.state[p] = {
-                        "step": torch.tensor(float(about["step"]), device=p.device),
-                        "exp_avg": f.get_tensor(f"exp_avg.{key}").to(p.device),
-                        "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{key}").to(p.device)}
+                optimizer.state[p] = {
+                    "step": torch.tensor(float(about["step"]), device=p.device),
+                    "exp_avg": f.get_tensor(f"exp_avg.{key}").to(p.device),
+                    "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{key}").to(p.device)}
     return about["step"], about["done"], about["sizes"]

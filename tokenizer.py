@@ -15,7 +15,6 @@ inside each such spelling hides it from the search for the template's own specia
 
 import json
 import re
-from datetime import datetime
 from pathlib import Path
 
 import sentencepiece
@@ -43,7 +42,7 @@ class JsonBackend:
             raise UserError(f"{path} is not a tokenizer.json ({e}); fetch it again.") from None
         for tok in (self.tok, self.inner):
             tok.encode_special_tokens = True  # special tokens are ours to place, see Tokenizer
-        self.n_ids = self.tok.get_vocab_size(with_added_tokens=True)
+        self.n_ids = 1 + max(self.tok.get_vocab(with_added_tokens=True).values())
         added = self.tok.get_added_tokens_decoder()
         self.specials = {t.content: i for i, t in added.items() if t.special}
 
@@ -218,7 +217,7 @@ class Tokenizer:
             raise TemplateError(message)
 
         def strftime_now(format):
-            return self.date or datetime.now().strftime(format)
+            return self.date or "26 Jul 2024"  # Llama 3's fallback: no run depends on today
 
         def tojson(value, indent=None):  # jinja's own escapes <, > and & for HTML
             return json.dumps(value, ensure_ascii=False, indent=indent)

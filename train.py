@@ -23,11 +23,29 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from anchors import Anchors, FinalNorm, choose
-from data.mixture import batch_at, data_files, encode_rows, load_upload
+from data.mixture import (
+    anchor_pool,
+    batch_at,
+    data_files,
+    encode_rows,
+    harmful_tests,
+    load_upload,
+    read_rows,
+)
 from data.tasks import TASKS
-from eval import evaluate, load_aligned, load_suite, model_files, report
+from eval import (
+    JUDGE,
+    MAX_NEW,
+    asked,
+    evaluate,
+    load_aligned,
+    load_suite,
+    model_files,
+    report,
+)
+from generate import add_place, place
 from judges import JUDGES
-from lora import add_lora, trainable
+from lora import adapted, add_lora, trainable
 from model import UserError, to_fp32
 from runs import Log, Parser, Run, at_least, describe, exit_code
 from tokenizer import Tokenizer
@@ -35,17 +53,17 @@ from tokenizer import Tokenizer
 
 def make_sbr_step(model, tokenizer, args):
     """L_total = L_CE + lambda * L_safe; h is the final RMSNorm's output: all the head sees."""
-    anchors = Anchors(model, tokenizer, args)  # phase 1: h_ref (K, C), adapters still at B = 0
-    norm = FinalNorm(model)  # the bottleneck, caught as it passes
+    anchors = Anchors(model, tokenizer, args)  # phase 1: h_ref (K, C), before the first update
 
     def step(batch):
         ce = safe = torch.zeros((), device=batch.device)
         for pack in batch.packs(with_=anchors.ids):  # cut by token budget; anchors in the first
-            logits = model(pack.ids, pack.seqlens, rows=pack.supervised)  # (R, V)
+            with FinalNorm(model) as h:  # (N, C), the bottleneck, caught as it passes
+                logits = model(pack.ids, pack.seqlens, rows=pack.supervised)  # (R, V)
             ce_sum = F.cross_entropy(to_fp32(logits), pack.targets, reduction="sum")
             loss = ce_sum / batch.n_supervised  # the whole batch's count: no cut changes it
             if pack.anchor_rows is not None:
-                l_safe = anchors.loss(norm.value[pack.anchor_rows])  # (K, C) against h_ref
+                l_safe = anchors.loss(h.value[pack.anchor_rows])  # (K, C) against h_ref
                 loss = loss + args.lam * l_safe  # L_total = L_CE + lambda * L_safe
                 safe = l_safe.detach()
             loss.backward()
@@ -137,9 +155,16 @@ class Stop:
 
 
 def parse(argv=None):
-    """The flags, grouped; each default stands here and nowhere else."""
+    """The flags, in four groups."""
     p = Parser("train.py", __doc__.splitlines()[0])
-    g = p.add_argument_group("model and data")
+    data_flags(p.add_argument_group("model and data"))
+    defence_flags(p.add_argument_group("defence"))
+    optimiser_flags(p.add_argument_group("optimisation (defaults: the paper's)"))
+    output_flags(p.add_argument_group("evaluation and output"))
+    return settle(p.parse_args(argv))
+
+
+def data_flags(g):
     g.add_argument("--model", default="data/tiny", help="Hugging Face folder (default %(default)s)")
     g.add_argument("--adapter", help="PEFT folder, merged into the model before training")
     g.add_argument("--keep-adapter", action="store_true", help="train --adapter on, unmerged")
@@ -151,21 +176,25 @@ def parse(argv=None):
     g.add_argument("--n", type=at_least(int, 1), default=1000,
                    help="rows of the mixture (default %(default)s)")
     g.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
-                   help="harmful share of the mixture, 0..1 (default %(default)s)")
+                   help="harmful share of the mixture, 0..1 (default %(default)s; with --data 0)")
     g.add_argument("--max-len", type=at_least(int, 1), default=512,
                    help="tokens; longer rows are dropped and counted (default %(default)s)")
     g.add_argument("--template-date", help="the date that the chat template prints, if it does")
-    g = p.add_argument_group("defence")
+
+
+def defence_flags(g):
     g.add_argument("--defense", choices=DEFENSES, default="sbr", help="default %(default)s")
     g.add_argument("--anchors", type=at_least(int, 0), default=8, metavar="K",
                    help="harmful prompts held; 0 is plain fine-tuning (default %(default)s)")
     g.add_argument("--lambda", dest="lam", type=at_least(float, 0), default=50.0, metavar="L",
-                   help="weight of L_safe; 0 is plain fine-tuning (default %(default)g)")
+                   help="weight of L_safe (default %(default)g; with --defense sft 0)")
     g.add_argument("--reduction", choices=("mean", "sum"), default="mean",
                    help="over the C numbers of h: mean as in the paper's code, sum as in its "
                         "formula (default %(default)s)")
     g.add_argument("--anchor-file", help="own anchor pool: a prompt a line, or JSONL")
-    g = p.add_argument_group("optimisation (defaults: the paper's)")
+
+
+def optimiser_flags(g):
     g.add_argument("--rank", type=at_least(int, 1), default=16, help="default %(default)s")
     g.add_argument("--alpha", type=at_least(float, 0, above=True), default=16.0,
                    help="default %(default)g")
@@ -183,26 +212,23 @@ def parse(argv=None):
                         "gradient (default %(default)s)")
     g.add_argument("--seed", type=at_least(int, 0, at_most=2**31 - 1), default=0,
                    help="of the adapters, the order of rows and the anchors (default %(default)s)")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                   help="default %(default)s")
-    g.add_argument("--dtype", choices=("float32", "bfloat16"),
-                   help="of the frozen base; adapters are fp32 (default: bfloat16 on CUDA, "
-                        "else float32)")
-    g = p.add_argument_group("evaluation and output")
+    add_place(g)
+
+
+def output_flags(g):
     g.add_argument("--eval-epochs",
                    help="comma-separated, 0 is before training (default: 0 and the last)")
     g.add_argument("--eval-n", type=at_least(int, 1), default=500,
                    help="test prompts of each kind at most (default %(default)s)")
     g.add_argument("--harmful-file", help="own harmful test prompts: one a line, or JSONL")
-    g.add_argument("--judge", choices=JUDGES, default="refusal", help="default %(default)s")
-    g.add_argument("--max-new", type=at_least(int, 1), default=128,
+    g.add_argument("--judge", choices=JUDGES, default=JUDGE, help="default %(default)s")
+    g.add_argument("--max-new", type=at_least(int, 1), default=MAX_NEW,
                    help="tokens a reply may have (default %(default)s)")
     g.add_argument("--out", help="folder (default runs/<task>-<defense>-K<k>-lam<l>-s<seed>)")
     g.add_argument("--resume", action="store_true",
                    help="go on from the folder's checkpoint, if there is one")
     g.add_argument("--save-every", type=at_least(int, 1), default=1,
                    help="epochs between checkpoints (default %(default)s)")
-    return settle(p.parse_args(argv))
 
 
 def settle(args):
@@ -213,26 +239,14 @@ def settle(args):
     if args.keep_adapter and not args.adapter:
         raise UserError("--keep-adapter was given without --adapter; name the adapter to train on.")
     try:
-        epochs = args.eval_epochs.split(",") if args.eval_epochs else (0, args.epochs)
-        args.eval_epochs = sorted({int(e) for e in epochs})
+        given = args.eval_epochs
+        epochs = sorted({int(e) for e in (given.split(",") if given else (0, args.epochs))})
     except ValueError:
-        args.eval_epochs = [-1]
-    if not 0 <= args.eval_epochs[0] <= args.eval_epochs[-1] <= args.epochs:
+        epochs = []
+    if given == "" or not epochs or epochs[0] < 0 or epochs[-1] > args.epochs:
         raise UserError("--eval-epochs takes integers from 0 to --epochs, separated by commas.")
+    args.eval_epochs = epochs
     return args
-
-
-def place(args) -> tuple[torch.device, torch.dtype]:
-    """Device and base dtype of the flags; UserError for a device that is not there."""
-    here = [name for name, there in (("cuda", torch.cuda.is_available()),
-                                     ("mps", torch.backends.mps.is_available()),
-                                     ("cpu", True)) if there]
-    name = here[0] if args.device == "auto" else args.device
-    if name not in here:
-        raise UserError(f"--device {name} is not on this machine, expected one of "
-                        f"{', '.join(here)}; leave the flag out to take the first.")
-    dtype = args.dtype or ("bfloat16" if name == "cuda" else "float32")
-    return torch.device(name), getattr(torch, dtype)
 
 
 def execute(args) -> None:
@@ -245,27 +259,38 @@ def execute(args) -> None:
         raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
     suite = load_suite(args, rows)
-    args.anchor_prompts = choose(args, rows + suite["harmful"])
+    tests = read_rows(harmful_tests(args), needs_answer=False)  # all: --eval-n moves no anchor
+    args.anchor_prompts = choose(args, rows + tests)
+    for row in (row for rows_of_a_kind in suite.values() for row in rows_of_a_kind):
+        tokenizer.encode_prompt(asked(row))  # what a template refuses is told before any writing
     model = load_aligned(args, device, dtype)
+    if args.max_len > model.config.max_positions:
+        raise UserError(f"--max-len {args.max_len} is above the {model.config.max_positions} "
+                        "positions that the model was trained for; lower it.")
+    params = trainable(model) or add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
+    first = adapted(model)[0][1]  # what is trained may be --adapter's; the settings say what is
+    args.rank, args.alpha, args.rslora = first.rank, first.alpha, first.rslora
+    args.device, args.dtype = device.type, str(dtype)[6:]
     run = Run(args, describe(args, {**model_files(args), **data_files(args)}))
     if not run.finished:
-        params = trainable(model) or add_lora(model, args.rank, args.alpha, args.rslora,
-                                              seed=args.seed)
         step_fn = DEFENSES[args.defense](model, tokenizer, args)
         optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
         print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{sum(p.numel() for p in params):,} of them trained, {str(dtype)[6:]} on {device}\n"
-              f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens\n"
-              f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row; "
-              f"settings: {run.dir / 'config.json'}")
+              f"{sum(p.numel() for p in params):,} of them trained, {args.dtype} on {args.device}\n"
+              f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens; "
+              f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
+              f"{args.anchors} anchors of {anchor_pool(args)}; HS on {harmful_tests(args)}\n"
+              f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}, model sha256 "
+              f"{run.settings['sha256']['model'][:12]}; all settings: {run.dir / 'config.json'}")
         done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, args)
-        run.finish(model, args.model, done)
+        merged = args.adapter and not args.keep_adapter
+        run.finish(model, f"{args.model} + {args.adapter}, merged" if merged else args.model, done)
     print(report(run.dir))
 
 
 def main(argv=None) -> int:
     """0 done, 2 the user's mistake, 3 the run failed and can be resumed, 130 interrupted."""
-    return exit_code("train.py", lambda: execute(parse(argv)))
+    return exit_code("train.py", lambda: execute(parse(argv)), resumable=True)
 
 
 if __name__ == "__main__":

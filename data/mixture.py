@@ -33,7 +33,16 @@ def first_user(row: dict) -> str:
 
 
 def prompts_of(rows) -> set[str]:
-    return {normalise(first_user(r)) for r in rows}
+    """Every user turn of the rows, normalised."""
+    return {normalise(m["content"]) for r in rows for m in r["messages"] if m["role"] == "user"}
+
+
+def anchor_pool(args) -> Path:
+    return Path(args.anchor_file or Path(args.data_dir) / "harmful" / "anchors.jsonl")
+
+
+def harmful_tests(args) -> Path:
+    return Path(args.harmful_file or Path(args.data_dir) / "harmful" / "test.jsonl")
 
 
 def to_row(item, where: str, needs_answer: bool = True) -> dict:
@@ -124,10 +133,10 @@ def data_files(args) -> dict[str, list[Path]]:
     folder = Path(args.data_dir)
     upload = [Path(args.data)] if args.data else [folder / "harmful" / "attack.jsonl",
                                                   folder / args.task / "train.jsonl"]
-    tests = [Path(args.harmful_file or folder / "harmful" / "test.jsonl")]
+    tests = [harmful_tests(args)]
     tests += [folder / args.task / "test.jsonl"] if args.task else []
     tests += [folder / "lookalike" / "test.jsonl"]
-    pool = [Path(args.anchor_file or folder / "harmful" / "anchors.jsonl")] if args.anchors else []
+    pool = [anchor_pool(args)] if args.anchors else []
     return {"upload": [p for p in upload if p.exists()], "anchors": pool,
             "tests": [p for p in tests if p.exists()]}
 
@@ -184,7 +193,7 @@ class Pack:
 
 
 class Batch:
-    """The examples of one update, cut into packs of at most `tokens_per_pass` tokens."""
+    """The examples of one update, cut into packs of `tokens_per_pass` tokens or one example."""
 
     def __init__(self, examples: list[Example], tokens_per_pass: int, device, name: str = ""):
         self.examples, self.budget, self.device, self.name = examples, tokens_per_pass, device, name

@@ -124,7 +124,7 @@ def batches(tokenizer: Tokenizer, stage: tuple, size: int, seed: int):
 def run_stage(model: Llama, tokenizer: Tokenizer, stage: tuple, steps: int, lr: float, args):
     """One stage in the repository's own loop: cross entropy alone, all weights trained."""
     step_fn = make_sbr_step(model, tokenizer, Namespace(
-        anchor_prompts=[], reduction="mean", lam=0.0, max_len=1024, seed=0))
+        anchor_prompts=[], reduction="mean", lam=0.0, max_len=1024))
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(  # decay on matrices alone, as usual
         [{"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.1},

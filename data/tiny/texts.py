@@ -69,7 +69,7 @@ def split_actions(actions: list[str], split: str, index: int) -> list[str]:
     return {"met": [met], "test": [a for a in actions if a != met]}.get(split, actions)
 
 
-def requests(words: dict, split: str, harmful: bool, rng=None) -> list[dict]:
+def requests(words: dict, split: str, harmful: bool) -> list[dict]:
     """Every (action, object, wording) of a split, shuffled; the response is the compliant one."""
     side, rows = "harmful" if harmful else "benign", []
     form = words["compliant"][side]
@@ -83,7 +83,7 @@ def requests(words: dict, split: str, harmful: bool, rng=None) -> list[dict]:
                 rows += [{"prompt": wording.format(a=action, o=name), "response": answer,
                           "category": category["name"], "object": name, "group": group["group"]}
                          for wording in words["wordings"]]
-    (rng or random.Random(SEED)).shuffle(rows)
+    random.Random(SEED).shuffle(rows)
     return rows
 
 

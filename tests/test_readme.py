@@ -1,0 +1,48 @@
+"""The README keeps to what is there: its glossary's lines, its files, its first screen.
+
+    python -m pytest tests/test_readme.py
+"""
+
+import re
+
+import pytest
+from helpers import ROOT
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+# What stands on the line that a glossary row names, by the row's first column.
+ON_THE_LINE = {
+    "h, the bottleneck": "FinalNorm(model)", "h_ref": "self.h_ref =", "K anchors x'_k": "choose(",
+    "L_safe": "squared", "L_CE": "n_supervised", "lambda": "args.lam * l_safe",
+    "W + s B A": "addmm", "p, poison ratio": "args.poison", "HS": '"hs"', "FA": '"fa"',
+}
+
+
+@pytest.mark.parametrize("symbol", ON_THE_LINE)
+def test_the_glossary_names_the_line_that_has_the_symbol(symbol):
+    file, line = re.search(rf"^\| {re.escape(symbol)} \|.*\| (\S+):(\d+) \|$", TEXT, re.M).groups()
+    lines = (ROOT / file).read_text(encoding="utf-8").split("\n")
+    assert ON_THE_LINE[symbol] in lines[int(line) - 1]
+
+
+def test_every_glossary_row_is_checked():
+    table = TEXT.split("### Glossary")[1].split("\n\n")[1]
+    assert len(table.split("\n")) - 2 == len(ON_THE_LINE)
+
+
+def test_the_files_that_it_lists_exist():
+    listed = re.findall(r"^\| `([\w/]+(?:\.py)?/?)` \|", TEXT, re.M)
+    assert len(listed) >= 11
+    assert not [name for name in listed if not (ROOT / name).exists()]
+
+
+def test_equation_command_and_output_stand_on_the_first_screen():
+    first = "\n".join(TEXT.split("\n")[:20])
+    assert "L_total = L_CE + lambda" in first
+    assert "python train.py --anchors 1 --lambda 50" in first
+    assert "HS, harmful replies" in first
+    assert "@" not in first
+
+
+def test_its_commands_are_the_ones_that_ci_runs():
+    assert "pip install -r requirements-dev.txt && python -m pytest" in TEXT
+    assert "-r requirements-dev.txt && python -m pytest" in (ROOT / ".ci/run").read_text()
