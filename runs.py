@@ -19,6 +19,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -210,8 +211,8 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
         except OSError as e:
-            if new and self.dir.is_dir():
-                self.dir.rmdir()
+            if new:
+                shutil.rmtree(self.dir, ignore_errors=True)
             raise UserError(f"{self.dir} cannot be written ({e.strerror}); "
                             "pass another --out.") from None
 

@@ -77,7 +77,7 @@ def test_the_inputs_are_good_until_they_are_damaged(inputs):
     """The control of all tests below: the same flags without a mistake run to the end."""
     assert train_py.main(flags(inputs)) == 0
     assert train_py.main(flags(inputs, out="bare", anchors=0, lam=0, eval_epochs="2", n=None,
-                               poison=None, data=inputs / "data" / "harmful" / "test.jsonl")) == 0
+                               poison=None, data=inputs / "data" / "harmful" / "attack.jsonl")) == 0
     assert eval_py.main(["--run", "out", "--n-test", "1", "--max-new", "2"]) == 0
     model = ["--model", str(inputs / "model")]
     assert eval_py.main([*model, "--data-dir", str(inputs / "data"), "--n-test", "1",

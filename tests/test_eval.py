@@ -244,9 +244,13 @@ def test_a_longer_conversation_is_asked_with_its_earlier_answers(answering, data
     assert asked == [tok.encode_prompt(turns[:-1])] and numbers["fa"] == 100
 
 
-def test_nothing_left_to_ask_gives_none_and_a_table_all_the_same(answering, data):
-    suite = load_suite(make_args(data), uploaded(*HARMFUL, *LOOKALIKE, *[p for p, _ in TASK]))
-    numbers, records = evaluate(*answering, suite, make_args(data), epoch=0)
+def test_an_upload_that_has_every_test_prompt_is_refused(data):
+    with pytest.raises(UserError, match=r"harmful.test\.jsonl stands in the upload"):
+        load_suite(make_args(data), uploaded(*HARMFUL))
+
+
+def test_nothing_to_ask_gives_none_and_a_table_all_the_same(answering, data):
+    numbers, records = evaluate(*answering, {}, make_args(data), epoch=0)
     assert records == [] and numbers["hs"] is None and numbers["fa"] is None
     assert "epoch 0" in table({"0": numbers})
     assert not [v for v in numbers.values() if isinstance(v, float) and math.isnan(v)]

@@ -46,7 +46,7 @@ def loss_of(model):
 
 def test_exactly_the_seven_projections_of_each_layer_are_adapted(llama31):
     model = load_model(llama31.folder)
-    add_lora(model)
+    add_lora(model, 16, 16)
     names = [name for name, m in model.named_modules() if isinstance(m, LoRALinear)]
     assert len(names) == len(set(names)) == 7 * 4
     for i in range(4):
@@ -60,14 +60,14 @@ def test_a_module_whose_name_merely_ends_in_a_targets_name_is_left_alone(llama31
     block = model.model.layers[0]
     block.mlp.not_up_proj = nn.Linear(4, 4)
     block.mlp.up_proj_norm = nn.Linear(4, 4)
-    add_lora(model)
+    add_lora(model, 16, 16)
     assert type(block.mlp.not_up_proj) is nn.Linear and type(block.mlp.up_proj_norm) is nn.Linear
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16])
 def test_the_count_of_trainable_numbers_follows_the_formula(llama31, rank):
     model = load_model(llama31.folder)
-    trainable = add_lora(model, rank=rank)
+    trainable = add_lora(model, rank, 16)
     C, F, Q, KV = 64, 160, 8 * 8, 2 * 8  # hidden, intermediate, query and key/value widths
     per_layer = (C + Q) + 2 * (C + KV) + (Q + C) + 2 * (C + F) + (F + C)  # in + out, each of seven
     assert sum(t.numel() for t in trainable) == 4 * rank * per_layer
@@ -75,7 +75,7 @@ def test_the_count_of_trainable_numbers_follows_the_formula(llama31, rank):
 
 def test_the_returned_tensors_are_all_that_requires_grad(llama31):
     model = load_model(llama31.folder)
-    trainable = add_lora(model)
+    trainable = add_lora(model, 16, 16)
     assert len(trainable) == 2 * 7 * 4
     assert {id(t) for t in trainable} == {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -96,7 +96,7 @@ def test_the_output_is_W_x_plus_scaled_B_A_x(llama31, rank, alpha, rslora):
 def test_A_is_uniform_within_1_over_sqrt_in_and_B_is_zero(llama31):
     """kaiming_uniform with a = sqrt(5), what PEFT does: std is the bound over sqrt(3)."""
     model = load_model(llama31.folder)
-    add_lora(model, rank=16)
+    add_lora(model, 16, 16)
     for module in adapters(model):
         bound = module.lora_A.shape[1] ** -0.5
         assert module.lora_A.abs().max() <= bound
@@ -107,7 +107,7 @@ def test_A_is_uniform_within_1_over_sqrt_in_and_B_is_zero(llama31):
 def test_the_same_seed_draws_the_same_A_and_another_seed_another(llama31):
     def draw(seed):
         torch.rand(seed + 3)  # the global generator's state must not matter
-        return add_lora(load_model(llama31.folder), seed=seed)
+        return add_lora(load_model(llama31.folder), 16, 16, seed=seed)
 
     first, again, other = draw(0), draw(0), draw(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -132,7 +132,7 @@ def test_with_B_zero_the_adapted_model_is_the_base_bit_for_bit(llama31, dtype):
 def test_at_step_0_the_gradient_of_A_is_exactly_zero_and_that_of_B_is_not(llama31):
     """dL/dA = s B^T (dL/dy) x^T, and B is zero: only B moves in the first step."""
     model = load_model(llama31.folder)
-    add_lora(model)
+    add_lora(model, 16, 16)
     loss_of(model).backward()
     for module in adapters(model):
         assert torch.count_nonzero(module.lora_A.grad) == 0
@@ -145,7 +145,7 @@ def test_at_step_0_the_gradient_of_A_is_exactly_zero_and_that_of_B_is_not(llama3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_three_training_steps_leave_the_base_untouched_bit_for_bit(llama31, dtype):
     model = load_model(llama31.folder, dtype=dtype)
-    trainable = add_lora(model, rank=4)
+    trainable = add_lora(model, 4, 16)
     base, start = base_state(model), [t.detach().clone() for t in trainable]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
     losses = []
@@ -166,7 +166,7 @@ def test_adapters_are_fp32_over_a_bf16_base_and_float64_over_a_float64_one(llama
     """In bf16 an AdamW step of 1e-5 on an entry of 0.02 rounds away, and nothing is learnt."""
     for base, adapter in [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]:
         model = load_model(llama31.folder, dtype=base)
-        trainable = add_lora(model)
+        trainable = add_lora(model, 16, 16)
         assert {t.dtype for t in trainable} == {adapter}
         assert {t.dtype for n, t in model.state_dict().items() if "lora_" not in n} == {base}
         loss_of(model).backward()
@@ -198,7 +198,7 @@ def test_merging_restores_plain_frozen_linears_under_the_files_names(llama31):
 def test_merging_an_unused_adapter_changes_no_bit(llama31):
     model = load_model(llama31.folder)
     before = base_state(model)
-    add_lora(model)
+    add_lora(model, 16, 16)
     merge(model)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -206,7 +206,7 @@ def test_merging_an_unused_adapter_changes_no_bit(llama31):
 def test_the_biases_of_qwen_survive_adapting_and_merging(qwen):
     model = load_model(qwen.folder)
     before = logits(model, SEQUENCES)
-    add_lora(model)
+    add_lora(model, 16, 16)
     assert torch.equal(logits(model, SEQUENCES), before)
     merge(model)
     assert torch.equal(logits(model, SEQUENCES), before)

@@ -162,7 +162,7 @@ def test_a_run_is_not_resumed_over_a_changed_file_that_decides_its_numbers(
     assert run_training(place, out, "--data", str(place[0] / "prompt.jsonl"), "--resume") == 0
     kept = path.read_bytes()
     try:
-        write_pairs(path, [("Another prompt.", "positive")] * 20)
+        write_pairs(path, [(f"Another prompt {i}.", "positive") for i in range(20)])
         said = run_training(place, out, "--data", str(place[0] / "prompt.jsonl"), "--resume")
     finally:
         path.write_bytes(kept)
