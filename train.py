@@ -280,8 +280,8 @@ def execute(args) -> None:
               f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens; "
               f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
               f"{args.anchors} anchors of {anchor_pool(args)}; HS on {harmful_tests(args)}\n"
-              f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}, model sha256 "
-              f"{run.settings['sha256']['model'][:12]}; all settings: {run.dir / 'config.json'}")
+              f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}; "
+              f"all settings, versions and digests: {run.dir / 'config.json'}")
         done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, args)
         merged = args.adapter and not args.keep_adapter
         run.finish(model, f"{args.model} + {args.adapter}, merged" if merged else args.model, done)
