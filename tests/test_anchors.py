@@ -110,7 +110,8 @@ def test_reference_is_at_least_fp32_whatever_the_model_and_carries_no_graph(make
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         s = make(dtype)
         h = reference(s.model, s.tokenizer, POOL[:3])
-        assert h.dtype == torch.promote_types(dtype, torch.float32) and h.shape == (3, 64) and not h.requires_grad
+        assert h.dtype == torch.promote_types(dtype, torch.float32)
+        assert h.shape == (3, 64) and not h.requires_grad
 
 
 def test_h_ref_is_fixed_at_phase_1(make):
