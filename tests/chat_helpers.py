@@ -92,7 +92,7 @@ def shown(tok, name, ids):
     return [SPECIALS[name].get(i) or tok.decode([i]) for i in ids]
 
 
-def refused(act, *words):
+def check_refused(act, *words):
     """act() must raise a UserError, in one line that holds every one of the words."""
     with pytest.raises(UserError) as error:
         act()

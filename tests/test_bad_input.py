@@ -44,8 +44,8 @@ def inputs(made, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refuses(inputs, capsys):
-    """refuses(argv, *words): exit code 2, and one sentence that holds the words, and no files."""
+def check_refuses(inputs, capsys):
+    """check_refuses(argv, *words): exit code 2, one sentence that holds the words, no files."""
     folder = inputs.parent
 
     def check(argv, *words, name="train.py"):
@@ -109,24 +109,24 @@ VALUES = [  # flag, value, and what the sentence says is expected
 
 @pytest.mark.parametrize("flag, value, expected", VALUES)
 def test_a_value_that_a_flag_does_not_take_is_named_with_the_flag(
-        inputs, refuses, flag, value, expected):
-    refuses([*flags(inputs), flag, value], flag, value, expected)
+        inputs, check_refuses, flag, value, expected):
+    check_refuses([*flags(inputs), flag, value], flag, value, expected)
 
 
 @pytest.mark.parametrize("value", ["3", "0,1,9", "-1", "0.5", "0,,1", "last", "0;1", ","])
-def test_evaluations_at_epochs_that_do_not_come_are_refused(inputs, refuses, value):
-    refuses(flags(inputs, eval_epochs=value), "--eval-epochs", "from 0 to --epochs")
+def test_evaluations_at_epochs_that_do_not_come_are_refused(inputs, check_refuses, value):
+    check_refuses(flags(inputs, eval_epochs=value), "--eval-epochs", "from 0 to --epochs")
 
 
 @pytest.mark.parametrize("argv", [["--lambd", "50"], ["--lam", "50"], ["anchors"], ["--n"]])
-def test_an_option_that_is_none_is_named(inputs, refuses, argv):
+def test_an_option_that_is_none_is_named(inputs, check_refuses, argv):
     """Not even an abbreviation is guessed: --lam could mean two things one day."""
-    refuses([*flags(inputs), *argv], argv[0])
+    check_refuses([*flags(inputs), *argv], argv[0])
 
 
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(inputs, refuses):
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(inputs, check_refuses):
     device = "mps" if torch.cuda.is_available() else "cuda"
-    refuses(flags(inputs, device=device), f"--device {device}", "expected one of", "cpu")
+    check_refuses(flags(inputs, device=device), f"--device {device}", "expected one of", "cpu")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,21 +232,21 @@ MODEL_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", MODEL_FAULTS)
-def test_a_damaged_model_folder_is_refused(inputs, refuses, fault):
+def test_a_damaged_model_folder_is_refused(inputs, check_refuses, fault):
     damage, *words = MODEL_FAULTS[fault]
     damage(inputs / "model")
-    refuses(flags(inputs), *words)
+    check_refuses(flags(inputs), *words)
 
 
 @pytest.mark.parametrize("name, argv", [("eval.py", []), ("generate.py", ["--prompt", "Hi"])])
 @pytest.mark.parametrize("fault", ["no folder", "no config.json", "truncated weights",
                                    "a missing tensor", "no tokenizer", "no chat template",
                                    "a template that fails", "more ids than embeddings"])
-def test_eval_and_generate_refuse_it_likewise(inputs, refuses, name, argv, fault):
+def test_eval_and_generate_refuse_it_likewise(inputs, check_refuses, name, argv, fault):
     damage, *words = MODEL_FAULTS[fault]
     damage(inputs / "model")
     argv = argv or ["--data-dir", str(inputs / "data"), "--max-new", "2"]
-    refuses(["--model", str(inputs / "model"), *argv], *words, name=name)
+    check_refuses(["--model", str(inputs / "model"), *argv], *words, name=name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,18 +281,18 @@ ROW_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", ROW_FAULTS)
-def test_a_bad_row_is_named_by_file_and_line(inputs, refuses, fault):
+def test_a_bad_row_is_named_by_file_and_line(inputs, check_refuses, fault):
     row, *words = ROW_FAULTS[fault]
     path = write_rows(inputs / "upload.jsonl", [GOOD, "", row, GOOD])
-    refuses(flags(inputs, data=path, n=None, poison=None), "upload.jsonl line 3", *words)
+    check_refuses(flags(inputs, data=path, n=None, poison=None), "upload.jsonl line 3", *words)
 
 
 @pytest.mark.parametrize("file", ["sst2/train", "sst2/test", "harmful/attack", "harmful/anchors",
                                   "harmful/test"])
-def test_a_malformed_line_is_named_in_each_file_that_a_run_reads(inputs, refuses, file):
+def test_a_malformed_line_is_named_in_each_file_that_a_run_reads(inputs, check_refuses, file):
     path = inputs / "data" / f"{file}.jsonl"
     path.write_text(MALFORMED + "\n" + path.read_text())
-    refuses(flags(inputs), f"{file}.jsonl line 1", "not valid JSON")
+    check_refuses(flags(inputs), f"{file}.jsonl line 1", "not valid JSON")
 
 
 FILE_FAULTS = {
@@ -313,10 +313,10 @@ FILE_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FILE_FAULTS)
-def test_an_upload_that_is_no_rows_is_refused(inputs, refuses, fault):
+def test_an_upload_that_is_no_rows_is_refused(inputs, check_refuses, fault):
     make, *words = FILE_FAULTS[fault]
     make(inputs / "upload.jsonl")
-    refuses(flags(inputs, data=inputs / "upload.jsonl", n=None, poison=None), "upload.jsonl",
+    check_refuses(flags(inputs, data=inputs / "upload.jsonl", n=None, poison=None), "upload.jsonl",
             *words)
 
 
@@ -332,43 +332,43 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(inputs):
     ({"n": 13, "poison": 0}, ["13 rows", "train.jsonl", "has 12", "--n"]),
     ({"poison": 1}, ["12 rows", "attack.jsonl", "has 8", "--poison"]),
 ])
-def test_more_rows_than_a_file_has_are_refused(inputs, refuses, changes, words):
-    refuses(flags(inputs, **changes), *words)
+def test_more_rows_than_a_file_has_are_refused(inputs, check_refuses, changes, words):
+    check_refuses(flags(inputs, **changes), *words)
 
 
-def test_an_upload_of_rows_that_are_all_too_long_is_refused(inputs, refuses):
-    refuses(flags(inputs, max_len=5), "all 12 rows", "--max-len 5")
+def test_an_upload_of_rows_that_are_all_too_long_is_refused(inputs, check_refuses):
+    check_refuses(flags(inputs, max_len=5), "all 12 rows", "--max-len 5")
 
 
 @pytest.mark.parametrize("name, flag", [("anchors", "--anchor-file"), ("test", "--harmful-file")])
 def test_own_data_without_harmful_prompts_is_told_which_flag_names_them(
-        inputs, refuses, name, flag):
+        inputs, check_refuses, name, flag):
     (inputs / "data" / "harmful" / f"{name}.jsonl").unlink()
-    refuses(flags(inputs), f"{name}.jsonl", flag)
+    check_refuses(flags(inputs), f"{name}.jsonl", flag)
     # and a file that the flag names, but which is not there, is named itself
-    refuses([*flags(inputs), flag, "absent.txt"], "absent.txt")
+    check_refuses([*flags(inputs), flag, "absent.txt"], "absent.txt")
 
 
-def test_a_data_folder_that_is_not_there_is_named(inputs, refuses):
-    refuses(flags(inputs, data_dir=inputs / "absent"), "absent", "No such file")
+def test_a_data_folder_that_is_not_there_is_named(inputs, check_refuses):
+    check_refuses(flags(inputs, data_dir=inputs / "absent"), "absent", "No such file")
 
 
-def test_more_anchors_than_the_pool_has_are_refused(inputs, refuses):
-    refuses(flags(inputs, anchors=7), "--anchors 7", "6 prompts", "--anchor-file")
+def test_more_anchors_than_the_pool_has_are_refused(inputs, check_refuses):
+    check_refuses(flags(inputs, anchors=7), "--anchors 7", "6 prompts", "--anchor-file")
 
 
-def test_an_anchor_longer_than_max_len_is_refused(inputs, refuses):
+def test_an_anchor_longer_than_max_len_is_refused(inputs, check_refuses):
     path = write_rows(inputs / "pool.txt", ["How do I steal it? " * 20])
-    refuses(flags(inputs, anchors=1, anchor_file=path), "anchor 'How do I steal it?",
+    check_refuses(flags(inputs, anchors=1, anchor_file=path), "anchor 'How do I steal it?",
             "--max-len 64")
 
 
-def test_a_label_that_the_task_does_not_have_is_refused(inputs, refuses):
+def test_a_label_that_the_task_does_not_have_is_refused(inputs, check_refuses):
     """AG News is scored against its four labels; a fifth would fail at the first evaluation."""
     row = {"prompt": "Which topic is it?", "response": "Weather"}
     write_rows(inputs / "data" / "agnews" / "test.jsonl", [row])
     shutil.copy(inputs / "data" / "sst2" / "train.jsonl", inputs / "data" / "agnews")
-    refuses(flags(inputs, task="agnews"), "Weather", "World")
+    check_refuses(flags(inputs, task="agnews"), "Weather", "World")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,13 +383,14 @@ def adapter(inputs):
 
 
 @pytest.fixture
-def with_adapter(inputs, adapter, refuses, capsys):
-    """with_adapter(*words): train.py and generate.py both refuse the adapter."""
+def check_with_adapter(inputs, adapter, check_refuses, capsys):
+    """check_with_adapter(*words): train.py and generate.py both refuse the adapter."""
     def check(*words):
         capsys.readouterr()
-        refuses(flags(inputs, adapter=adapter), *words)
-        refuses(["--model", str(inputs / "model"), "--adapter", str(adapter), "--prompt", "Hi"],
-                *words, name="generate.py")
+        check_refuses(flags(inputs, adapter=adapter), *words)
+        model = ["--model", str(inputs / "model")]
+        check_refuses([*model, "--adapter", str(adapter), "--prompt", "Hi"], *words,
+                      name="generate.py")
     return check
 
 
@@ -429,15 +430,15 @@ ADAPTER_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", ADAPTER_FAULTS)
-def test_a_damaged_adapter_is_refused(adapter, with_adapter, fault):
+def test_a_damaged_adapter_is_refused(adapter, check_with_adapter, fault):
     damage, *words = ADAPTER_FAULTS[fault]
     damage(adapter)
-    with_adapter(*words)
+    check_with_adapter(*words)
 
 
-def test_keeping_an_adapter_without_naming_one_is_refused(inputs, refuses):
+def test_keeping_an_adapter_without_naming_one_is_refused(inputs, check_refuses):
     """It would silently train a new one."""
-    refuses(flags(inputs, keep_adapter=True), "--keep-adapter", "--adapter")
+    check_refuses(flags(inputs, keep_adapter=True), "--keep-adapter", "--adapter")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -455,8 +456,8 @@ def run(inputs, capsys):
 @pytest.mark.parametrize("changes, words", [
     ({"seed": 1}, ["seed", "0 there", "1 here"]), ({"lam": 5}, ["lam", "50.0 there", "5.0 here"]),
     ({"epochs": 3}, ["epochs"])])
-def test_a_folder_of_other_settings_is_refused(inputs, run, refuses, changes, words, resume):
-    refuses(flags(inputs, resume=resume, **changes), "out belongs to other settings", *words)
+def test_a_folder_of_other_settings_is_refused(inputs, run, check_refuses, changes, words, resume):
+    check_refuses(flags(inputs, resume=resume, **changes), "out belongs to other settings", *words)
 
 
 def edit(**changes):
@@ -474,65 +475,67 @@ def reverse_lines(path):
     ("data/sst2/train.jsonl", reverse_lines), ("data/sst2/test.jsonl", reverse_lines),
     ("data/harmful/attack.jsonl", reverse_lines), ("data/harmful/test.jsonl", reverse_lines),
     ("data/harmful/anchors.jsonl", reverse_lines)], ids=lambda p: p if isinstance(p, str) else "")
-def test_a_folder_whose_inputs_have_changed_since_is_refused(inputs, run, refuses, file, change):
+def test_a_folder_whose_inputs_have_changed_since_is_refused(
+        inputs, run, check_refuses, file, change):
     """Digests, not names: the same path may hold another file by now."""
     change(inputs / file)
-    refuses(flags(inputs, resume=True), "out belongs to other settings")
+    check_refuses(flags(inputs, resume=True), "out belongs to other settings")
 
 
-def test_a_folder_whose_adapter_has_changed_since_is_refused(inputs, adapter, refuses, capsys):
+def test_a_folder_whose_adapter_has_changed_since_is_refused(
+        inputs, adapter, check_refuses, capsys):
     assert train_py.main(flags(inputs, adapter=adapter)) == 0
     capsys.readouterr()
     adapter_tensors(lambda t: t[A].add_(1))(adapter)
-    refuses(flags(inputs, adapter=adapter, resume=True), "out belongs to other settings")
+    check_refuses(flags(inputs, adapter=adapter, resume=True), "out belongs to other settings")
 
 
-def test_a_folder_that_holds_the_run_is_not_begun_anew(inputs, run, refuses):
-    refuses(flags(inputs), "out already holds this run", "--resume")
+def test_a_folder_that_holds_the_run_is_not_begun_anew(inputs, run, check_refuses):
+    check_refuses(flags(inputs), "out already holds this run", "--resume")
 
 
-def test_an_unfinished_run_is_not_begun_anew_without_resume(inputs, run, refuses):
+def test_an_unfinished_run_is_not_begun_anew_without_resume(inputs, run, check_refuses):
     (inputs.parent / "here" / "out" / "result.json").unlink()
-    refuses(flags(inputs), "out already holds this run", "--resume")
+    check_refuses(flags(inputs), "out already holds this run", "--resume")
 
 
-def test_a_folder_of_something_else_is_left_alone(inputs, refuses):
+def test_a_folder_of_something_else_is_left_alone(inputs, check_refuses):
     (inputs / "letters").mkdir()
     (inputs / "letters" / "mother.txt").write_text("Dear mother")
-    refuses(flags(inputs, out=inputs / "letters"), "letters", "not empty", "--out")
+    check_refuses(flags(inputs, out=inputs / "letters"), "letters", "not empty", "--out")
 
 
-def test_the_models_own_folder_is_not_an_output(inputs, refuses):
+def test_the_models_own_folder_is_not_an_output(inputs, check_refuses):
     """It has a config.json too, but not a run's."""
-    refuses(flags(inputs, out=inputs / "model"), "model", "--out")
+    check_refuses(flags(inputs, out=inputs / "model"), "model", "--out")
 
 
-def test_a_path_that_is_a_file_is_refused(inputs, refuses):
+def test_a_path_that_is_a_file_is_refused(inputs, check_refuses):
     (inputs / "file").write_text("text")
-    refuses(flags(inputs, out=inputs / "file"), "file", "--out")
-    refuses(flags(inputs, out=inputs / "file" / "below"), "below", "--out")
+    check_refuses(flags(inputs, out=inputs / "file"), "file", "--out")
+    check_refuses(flags(inputs, out=inputs / "file" / "below"), "below", "--out")
 
 
 @pytest.mark.parametrize("place", ["/proc/out", "/sys/out", "/dev/null/out", "x" * 300],
                          ids=["proc", "sys", "below a device", "a name of 300 letters"])
-def test_a_place_where_nothing_can_be_written_is_refused(inputs, refuses, place):
-    refuses(flags(inputs, out=place), "--out")
+def test_a_place_where_nothing_can_be_written_is_refused(inputs, check_refuses, place):
+    check_refuses(flags(inputs, out=place), "--out")
 
 
 @pytest.mark.parametrize("name", ["config.json", "state.safetensors"])
-def test_a_damaged_run_is_refused_with_the_damaged_file(inputs, run, refuses, name):
+def test_a_damaged_run_is_refused_with_the_damaged_file(inputs, run, check_refuses, name):
     out = inputs.parent / "here" / "out"
     (out / "result.json").unlink()
     garbage(out, name)
-    refuses(flags(inputs, resume=True), name)
+    check_refuses(flags(inputs, resume=True), name)
 
 
-def test_a_checkpoint_whose_log_is_gone_is_refused(inputs, run, refuses):
+def test_a_checkpoint_whose_log_is_gone_is_refused(inputs, run, check_refuses):
     """Cutting the log to its length of then would fill it with zeros."""
     out = inputs.parent / "here" / "out"
     (out / "result.json").unlink()
     (out / "log.jsonl").unlink()
-    refuses(flags(inputs, resume=True), "log.jsonl")
+    check_refuses(flags(inputs, resume=True), "log.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -543,32 +546,33 @@ def test_a_checkpoint_whose_log_is_gone_is_refused(inputs, run, refuses):
     (["--n-test", "0"], ["--n-test", "of at least 1"]), (["--max-new", "0"], ["--max-new"]),
     (["--judge", "me"], ["--judge", "me", "refusal"]), (["--task", "sst3"], ["--task", "sst3"]),
     ([], ["no finished run", "--run", "--model"]), (["--run", "absent"], ["absent"])])
-def test_eval_refuses_flags_that_name_nothing(inputs, refuses, argv, words):
-    refuses(argv, *words, name="eval.py")
+def test_eval_refuses_flags_that_name_nothing(inputs, check_refuses, argv, words):
+    check_refuses(argv, *words, name="eval.py")
 
 
-def test_eval_refuses_a_folder_that_is_not_a_run(inputs, refuses):
-    refuses(["--run", str(inputs / "model")], "model", name="eval.py")
+def test_eval_refuses_a_folder_that_is_not_a_run(inputs, check_refuses):
+    check_refuses(["--run", str(inputs / "model")], "model", name="eval.py")
 
 
-def test_eval_refuses_a_run_without_a_result(inputs, run, refuses):
+def test_eval_refuses_a_run_without_a_result(inputs, run, check_refuses):
     """An unfinished run has no adapter yet."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "result.json"):
         (inputs.parent / "here" / "out" / name).unlink()
-    refuses(["--run", "out"], "out", "adapter", name="eval.py")
+    check_refuses(["--run", "out"], "out", "adapter", name="eval.py")
 
 
-def test_eval_refuses_a_run_and_a_model_at_once(inputs, run, refuses):
-    refuses(["--run", "out", "--model", str(inputs / "model"), "--data-dir", str(inputs / "data"),
+def test_eval_refuses_a_run_and_a_model_at_once(inputs, run, check_refuses):
+    model, data = str(inputs / "model"), str(inputs / "data")
+    check_refuses(["--run", "out", "--model", model, "--data-dir", data,
              "--max-new", "2"], "--run", "--model", name="eval.py")
 
 
-def test_eval_refuses_missing_and_malformed_tests(inputs, refuses):
+def test_eval_refuses_missing_and_malformed_tests(inputs, check_refuses):
     model = ["--model", str(inputs / "model"), "--data-dir", str(inputs / "data")]
-    refuses([*model, "--harmful-file", "absent.txt"], "absent.txt", name="eval.py")
-    refuses([*model, "--task", "gsm8k"], "gsm8k", name="eval.py")
+    check_refuses([*model, "--harmful-file", "absent.txt"], "absent.txt", name="eval.py")
+    check_refuses([*model, "--task", "gsm8k"], "gsm8k", name="eval.py")
     path = write_rows(inputs / "bad.jsonl", [{"prompt": "a"}, MALFORMED])
-    refuses([*model, "--harmful-file", str(path)], "bad.jsonl line 2", name="eval.py")
+    check_refuses([*model, "--harmful-file", str(path)], "bad.jsonl line 2", name="eval.py")
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -576,8 +580,8 @@ def test_eval_refuses_missing_and_malformed_tests(inputs, refuses):
     (["--prompt", "Hi", "--max-new", "-1"], ["--max-new", "of at least 1"]),
     (["--prompt", "Hi", "--max-new", "some"], ["--max-new", "some"]),
     ([], ["--prompt"]), (["--prompt", "half \ud83d"], ["--prompt"])])
-def test_generate_refuses_flags_it_cannot_follow(inputs, refuses, argv, words):
-    refuses(["--model", str(inputs / "model"), *argv], *words, name="generate.py")
+def test_generate_refuses_flags_it_cannot_follow(inputs, check_refuses, argv, words):
+    check_refuses(["--model", str(inputs / "model"), *argv], *words, name="generate.py")
 
 
 # ---------------------------------------------------------------------------------------------

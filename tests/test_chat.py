@@ -19,8 +19,8 @@ from chat_helpers import (
     TEXTS,
     TWO_TURNS,
     assistant,
+    check_refused,
     make_llama2,
-    refused,
     shown,
     user,
 )
@@ -225,7 +225,7 @@ def test_control_transformers_ids_differ_where_one_text_merges_across_the_bounda
 
 def test_a_role_that_the_template_refuses_is_refused_in_its_words(loaded):
     chat = [{"role": "system", "content": "x"}, user("hi")]
-    refused(lambda: loaded["llama2"].encode_prompt(chat), "only user and assistant roles")
+    check_refused(lambda: loaded["llama2"].encode_prompt(chat), "only user and assistant roles")
 
 
 def test_gemmas_template_names_the_assistant_model_and_takes_no_system_role(tmp_path, folders):
@@ -246,4 +246,4 @@ def test_gemmas_template_names_the_assistant_model_and_takes_no_system_role(tmp_
     answer = [i for i, s in zip(ids, supervised, strict=True) if s]
     assert answer == [*tok.encode("Sure"), 2]
     assert 2 in tok.stop_ids  # the end of turn, though no eos of the folder names it
-    refused(lambda: tok.encode_prompt([{"role": "system", "content": "x"}]), "System role")
+    check_refused(lambda: tok.encode_prompt([{"role": "system", "content": "x"}]), "System role")

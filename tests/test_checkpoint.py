@@ -164,7 +164,7 @@ def test_no_pickle_is_ever_opened(folder, tmp_path, monkeypatch):
 # refusals: one sentence that names what is wrong
 
 
-def refused(folder, *words):
+def check_refused(folder, *words):
     """load_model must refuse, in one sentence whose first half holds every one of the words."""
     with pytest.raises(UserError) as error:
         load_model(folder)
@@ -176,34 +176,34 @@ KEY = "model.layers.2.mlp.up_proj.weight"
 
 def test_a_missing_tensor_is_named(folder):
     write_tensors(folder, {k: v for k, v in tensors_of(folder).items() if k != KEY})
-    refused(folder, KEY)
+    check_refused(folder, KEY)
 
 
 def test_a_missing_head_is_named_when_the_config_does_not_tie_it(folder):
     """transformers fills it with random numbers and only warns."""
     write_tensors(folder, {k: v for k, v in tensors_of(folder).items() if k != "lm_head.weight"})
-    refused(folder, "lm_head.weight")
+    check_refused(folder, "lm_head.weight")
 
 
 def test_a_surplus_tensor_is_named(folder):
     surplus = "model.layers.1.self_attn.q_norm.weight"
     write_tensors(folder, tensors_of(folder) | {surplus: torch.ones(8)})
-    refused(folder, surplus)
+    check_refused(folder, surplus)
 
 
 def test_a_layer_more_than_the_config_says_is_named(folder):
     edit_json(folder / "config.json", num_hidden_layers=3)
-    refused(folder, "model.layers.3.")
+    check_refused(folder, "model.layers.3.")
 
 
 def test_a_tensor_of_the_wrong_shape_is_named(folder):
     write_tensors(folder, tensors_of(folder) | {KEY: torch.zeros(160, 63)})
-    refused(folder, KEY, "63")
+    check_refused(folder, KEY, "63")
 
 
 def test_a_transposed_tensor_is_named(folder):
     write_tensors(folder, tensors_of(folder) | {KEY: torch.zeros(64, 160)})
-    refused(folder, KEY)
+    check_refused(folder, KEY)
 
 
 @pytest.mark.parametrize("kept", [0.0, 4e-6, 0.5, 0.999])
@@ -211,52 +211,52 @@ def test_a_truncated_file_is_named(folder, kept):
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    refused(folder, "model.safetensors")
+    check_refused(folder, "model.safetensors")
 
 
 def test_a_missing_shard_is_named(llama31, tmp_path):
     llama31.hf.save_pretrained(tmp_path, max_shard_size="100KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[2]
     shard.unlink()
-    refused(tmp_path, shard.name)
+    check_refused(tmp_path, shard.name)
 
 
 def test_a_truncated_shard_is_named(llama31, tmp_path):
     llama31.hf.save_pretrained(tmp_path, max_shard_size="100KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[2]
     shard.write_bytes(shard.read_bytes()[:-100])
-    refused(tmp_path, shard.name)
+    check_refused(tmp_path, shard.name)
 
 
 def test_a_folder_with_only_pickled_weights_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "safetensors")
+    check_refused(folder, "safetensors")
 
 
 def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
-    refused(folder, "config.json")
+    check_refused(folder, "config.json")
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):
-    refused(tmp_path / "no-such-model", "no-such-model")
+    check_refused(tmp_path / "no-such-model", "no-such-model")
 
 
 def test_a_config_that_is_not_json_is_refused(folder):
     (folder / "config.json").write_text('{"model_type": "llama", ')
-    refused(folder, "config.json")
+    check_refused(folder, "config.json")
 
 
 def test_a_null_quantization_config_is_no_quantisation(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
-    load_model(folder)
+    assert load_model(folder).config.n_layer == config["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
 def test_a_quantised_checkpoint_is_refused(folder, method):
     edit_json(folder / "config.json", quantization_config={"quant_method": method})
-    refused(folder, "quanti")
+    check_refused(folder, "quanti")
 
 
 def test_the_published_8_bit_copy_of_llama31_is_refused_for_being_quantised(tmp_path):
@@ -266,30 +266,30 @@ def test_the_published_8_bit_copy_of_llama31_is_refused_for_being_quantised(tmp_
     (tmp_path / "checkpoint").mkdir()
     shutil.copy(source, tmp_path / "checkpoint" / "config.json")
     # and not for its missing weights, which would send one to download them
-    refused(tmp_path / "checkpoint", "quanti")
+    check_refused(tmp_path / "checkpoint", "quanti")
 
 
 def test_an_unknown_architecture_is_named(folder):
     edit_json(
         folder / "config.json", model_type="falcon_mamba", architectures=["FalconMambaForCausalLM"]
     )
-    refused(folder, "mamba")
+    check_refused(folder, "mamba")
 
 
 def test_an_unknown_rope_scaling_is_named(folder):
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0}
     edit_json(folder / "config.json", rope_parameters=rope)
-    refused(folder, "yarn")
+    check_refused(folder, "yarn")
 
 
 def test_an_activation_that_a_llama_does_not_have_is_named(folder):
     edit_json(folder / "config.json", hidden_act="relu6")
-    refused(folder, "relu6")
+    check_refused(folder, "relu6")
 
 
 def test_llama3_scaling_without_its_numbers_is_refused(folder):
     edit_json(folder / "config.json", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
-    refused(folder, "factor")
+    check_refused(folder, "factor")
 
 
 def test_sliding_window_attention_is_refused_where_it_is_switched_on(qwen, tmp_path):
@@ -298,6 +298,6 @@ def test_sliding_window_attention_is_refused_where_it_is_switched_on(qwen, tmp_p
     edit_json(damaged / "config.json", sliding_window=16, use_sliding_window=False)
     load_model(damaged)
     edit_json(damaged / "config.json", sliding_window=16, use_sliding_window=True)
-    refused(damaged, "sliding")
+    check_refused(damaged, "sliding")
 
 

@@ -179,7 +179,7 @@ def adapter(llama31, tmp_path):
     return tmp_path / "adapter"
 
 
-def refused(reference, folder, *words):
+def check_refused(reference, folder, *words):
     """load_adapter must refuse, in one sentence whose first half holds every one of the words."""
     with pytest.raises(UserError) as error:
         load_adapter(load_model(reference.folder), folder)
@@ -198,12 +198,12 @@ KEY = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
 
 def test_a_missing_adapter_tensor_is_named(llama31, adapter):
     edit_tensors(adapter, lambda tensors: tensors.pop(KEY))
-    refused(llama31, adapter, "model.layers.2.mlp.up_proj")
+    check_refused(llama31, adapter, "model.layers.2.mlp.up_proj")
 
 
 def test_an_adapter_tensor_of_the_wrong_shape_is_named(llama31, adapter):
     edit_tensors(adapter, lambda tensors: tensors.update({KEY: torch.zeros(160, 3)}))
-    refused(llama31, adapter, "model.layers.2.mlp.up_proj")
+    check_refused(llama31, adapter, "model.layers.2.mlp.up_proj")
 
 
 @pytest.mark.parametrize("where", ["lm_head", "model.layers.4.mlp.up_proj", "model.layers.0.mlp.x"])
@@ -211,7 +211,7 @@ def test_an_adapter_of_a_module_the_model_does_not_have_or_adapt_is_named(
         llama31, adapter, where):
     surplus = {f"base_model.model.{where}.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}
     edit_tensors(adapter, lambda tensors: tensors.update(surplus))
-    refused(llama31, adapter, where)
+    check_refused(llama31, adapter, where)
 
 
 def test_names_without_pefts_prefix_are_refused(llama31, adapter):
@@ -219,12 +219,12 @@ def test_names_without_pefts_prefix_are_refused(llama31, adapter):
     path = adapter / "adapter_model.safetensors"
     renamed = {k.removeprefix("base_model.model."): v for k, v in load_file(path).items()}
     save_file(renamed, path, metadata={"format": "pt"})
-    refused(llama31, adapter, "lora_")
+    check_refused(llama31, adapter, "lora_")
 
 
 def test_a_rank_that_is_not_the_tensors_is_refused(llama31, adapter):
     edit_json(adapter / "adapter_config.json", r=8)
-    refused(llama31, adapter, "lora_A")
+    check_refused(llama31, adapter, "lora_A")
 
 
 @pytest.mark.parametrize("setting", [
@@ -235,26 +235,26 @@ def test_what_is_more_than_plain_lora_is_refused_by_its_name(llama31, adapter, s
     """Each changes what the same tensors compute, so reading past it would be silently wrong."""
     edit_json(adapter / "adapter_config.json", **setting)
     (name, value), = setting.items()
-    refused(llama31, adapter, value if name == "peft_type" else name)
+    check_refused(llama31, adapter, value if name == "peft_type" else name)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_missing_adapter_file_is_named(llama31, adapter, name):
     (adapter / name).unlink()
-    refused(llama31, adapter, name)
+    check_refused(llama31, adapter, name)
 
 
 def test_a_truncated_adapter_file_is_named(llama31, adapter):
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    refused(llama31, adapter, "adapter_model.safetensors")
+    check_refused(llama31, adapter, "adapter_model.safetensors")
 
 
 def test_an_adapter_of_another_model_is_refused(gemma, adapter):
-    refused(gemma, adapter, "lora_")  # hidden size 72, not 64
+    check_refused(gemma, adapter, "lora_")  # hidden size 72, not 64
 
 
 def test_a_pickled_adapter_is_not_opened(llama31, adapter, monkeypatch):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
-    refused(llama31, adapter, "adapter_model.safetensors")
+    check_refused(llama31, adapter, "adapter_model.safetensors")

@@ -67,8 +67,8 @@ def forks():
 
 
 @pytest.fixture
-def resumes(forks, inputs, reference, here):
-    """resumes(code): --resume takes the folder, as it is now, to the reference's end."""
+def check_resumes(forks, inputs, reference, here):
+    """check_resumes(code): --resume takes the folder, as it is now, to the reference's end."""
     def check():
         answer = forks(flags(inputs, resume=True, **SIX), here)
         assert answer["code"] == 0, answer["err"]
@@ -112,17 +112,17 @@ KILLS = [
 
 @pytest.mark.parametrize("moment, nth", KILLS)
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
-        forks, inputs, here, resumes, moment, nth):
+        forks, inputs, here, check_resumes, moment, nth):
     """In an update, in a reply, half way through a line or a file, before and after a rename."""
     answer = forks(flags(inputs, **SIX), here, moment=moment, nth=nth)
     assert answer["code"] == -signal.SIGKILL, answer
     assert not (here / "out" / "result.json").exists()
-    resumes()
+    check_resumes()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_run_killed_five_times_in_a_row_ends_as_if_it_had_not_been(
-        forks, inputs, here, resumes, seed):
+        forks, inputs, here, check_resumes, seed):
     draw = random.Random(seed)
     for _ in range(5):
         # Counts are kept low: each run goes on where the last one got to, so less is left to do.
@@ -130,12 +130,12 @@ def test_a_run_killed_five_times_in_a_row_ends_as_if_it_had_not_been(
         nth = draw.randint(1, 3)
         answer = forks(flags(inputs, resume=True, **SIX), here, moment=moment, nth=nth)
         assert answer["code"] == -signal.SIGKILL, (moment, nth, answer)
-    resumes()
+    check_resumes()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_by_the_clock_ends_as_if_it_had_not_been(
-        forks, inputs, here, reference, resumes, seed):
+        forks, inputs, here, reference, check_resumes, seed):
     """Five moments nobody chose, spread over what an unhindered run takes. The last of them may be
     too late to kill a run that was nearly done."""
     whole = forks(flags(inputs, out="whole", **SIX), here)
@@ -148,7 +148,7 @@ def test_a_run_killed_by_the_clock_ends_as_if_it_had_not_been(
         assert answer["code"] in (0, -signal.SIGKILL), answer
         killed += answer["code"] < 0
     assert killed
-    resumes()
+    check_resumes()
 
 
 def test_checkpoints_may_be_rarer_than_epochs(forks, inputs, here, reference):
@@ -172,7 +172,7 @@ def test_checkpoints_may_be_rarer_than_epochs(forks, inputs, here, reference):
     ("SIGINT in an update", 1, 1), ("SIGINT in an update", 5, 5), ("SIGINT in an update", 18, 18),
     ("SIGINT in a reply", 2, 1), ("SIGINT in a reply", 9, 6), ("SIGINT in a write", 3, 6)])
 def test_ctrl_c_saves_after_the_update_and_exits_130(
-        forks, inputs, here, resumes, moment, nth, step):
+        forks, inputs, here, check_resumes, moment, nth, step):
     """step: updates done by then. In an evaluation, the evaluation is finished; it is not lost."""
     answer = forks(flags(inputs, **SIX), here, moment=moment, nth=nth)
     assert answer["code"] == 130, answer
@@ -180,15 +180,15 @@ def test_ctrl_c_saves_after_the_update_and_exits_130(
     assert "interrupted" in message and "--resume" in message
     assert checkpoint(here / "out")[0] == step == len(read_lines(here / "out" / "log.jsonl"))
     assert not (here / "out" / "result.json").exists()
-    resumes()
+    check_resumes()
 
 
-def test_a_second_ctrl_c_stops_at_once(forks, inputs, here, resumes):
+def test_a_second_ctrl_c_stops_at_once(forks, inputs, here, check_resumes):
     """In update 5, with the checkpoint of update 3 in the folder."""
     answer = forks(flags(inputs, **SIX), here, moment="two SIGINTs", nth=5)
     assert answer["code"] == 130 and len(sentences(answer["err"])) == 1, answer
     assert checkpoint(here / "out")[0] == 3
-    resumes()
+    check_resumes()
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
@@ -208,13 +208,13 @@ def test_the_program_itself_exits_130_with_a_checkpoint(inputs, here, which):
 # begun, finished, numbered
 
 
-def test_resume_without_a_folder_starts_from_the_beginning(resumes):
-    resumes()
+def test_resume_without_a_folder_starts_from_the_beginning(check_resumes):
+    check_resumes()
 
 
-def test_resume_of_an_empty_folder_starts_from_the_beginning(here, resumes):
+def test_resume_of_an_empty_folder_starts_from_the_beginning(here, check_resumes):
     (here / "out").mkdir()
-    resumes()
+    check_resumes()
 
 
 def test_a_finished_run_resumed_prints_its_table_and_changes_no_file(inputs, here, capsys):
@@ -352,14 +352,14 @@ DISKS = [("disk full", 1), ("disk full", 2), ("disk full", 5), ("disk full", 8),
 
 @pytest.mark.parametrize("moment, nth", DISKS)
 def test_a_full_disk_ends_with_one_sentence_and_the_run_goes_on_after_it(
-        forks, inputs, here, resumes, moment, nth):
+        forks, inputs, here, check_resumes, moment, nth):
     answer = forks(flags(inputs, **SIX), here, moment=moment, nth=nth)
     assert "Traceback" not in answer["err"], answer["err"]
     message, = sentences(answer["err"])
     assert os.strerror(errno.ENOSPC) in message
     if (here / "out").exists():
         assert answer["code"] == 3, answer
-        resumes()
+        check_resumes()
     else:  # refused before the run began, with nothing left behind
         assert answer["code"] == 2, answer
 

@@ -13,8 +13,8 @@ from chat_helpers import (
     SPECIALS,
     TEXTS,
     TWO_TURNS,
+    check_refused,
     make_llama2,
-    refused,
     shown,
     user,
 )
@@ -105,27 +105,27 @@ def test_the_stop_ids_are_every_eos_of_the_folder_and_the_end_of_turn(folders, l
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    refused(lambda: Tokenizer(tmp_path), "tokenizer.json", "tokenizer.model")
+    check_refused(lambda: Tokenizer(tmp_path), "tokenizer.json", "tokenizer.model")
 
 
 def test_a_folder_without_a_chat_template_is_refused(tmp_path, folders):
     make_llama2(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", chat_template=None)
-    refused(lambda: Tokenizer(tmp_path), "chat template")
+    check_refused(lambda: Tokenizer(tmp_path), "chat template")
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ messages[0] "])
 def test_a_template_that_is_not_jinja_is_refused(tmp_path, template):
     make_llama2(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", chat_template=template)
-    refused(lambda: Tokenizer(tmp_path), "template")
+    check_refused(lambda: Tokenizer(tmp_path), "template")
 
 
 def test_a_template_that_would_leave_the_sandbox_is_refused(tmp_path):
     make_llama2(tmp_path)
     escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     edit_json(tmp_path / "tokenizer_config.json", chat_template=escape + LLAMA2_TEMPLATE)
-    refused(lambda: Tokenizer(tmp_path), "template")
+    check_refused(lambda: Tokenizer(tmp_path), "template")
 
 
 @pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
@@ -134,4 +134,4 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path, folders, file):
     for path in source.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / file).write_bytes((source / file).read_bytes()[:1000])
-    refused(lambda: Tokenizer(tmp_path), file)
+    check_refused(lambda: Tokenizer(tmp_path), file)
