@@ -22,16 +22,16 @@ from model import Llama, UserError, to_fp32
 
 
 class FinalNorm:
-    """Catches the final RMSNorm's output, h (N, C), as it passes. A context: the hook comes off."""
+    """`with FinalNorm(model) as h:` catches the final RMSNorm's output as h.value, (N, C)."""
 
     def __init__(self, model: Llama):
-        self.handle = model.model.norm.register_forward_hook(self._catch)
-        self.value: Tensor | None = None
+        self.norm, self.value = model.model.norm, None
 
     def _catch(self, module, inputs, output):
         self.value = output
 
     def __enter__(self):
+        self.handle = self.norm.register_forward_hook(self._catch)
         return self
 
     def __exit__(self, *exception):
