@@ -27,7 +27,7 @@ from data.mixture import (
     to_row,
 )
 from data.tasks import LABELS, TASKS
-from generate import add_place, generate, place
+from generate import TINY, add_place, generate, place
 from judges import JUDGES, is_degenerate, is_refusal
 from lora import load_adapter, merge, write_atomic
 from model import UserError, load_model, read_json, weight_files
@@ -202,7 +202,7 @@ def parse(argv=None):
     p.add_argument("--model", help="a Hugging Face folder, instead of --run")
     p.add_argument("--adapter", help="a PEFT folder on top of --model")
     p.add_argument("--task", choices=TASKS, help="the task whose accuracy is FA")
-    p.add_argument("--data-dir", help="folder with the tests (default: the run's, or data/tiny)")
+    p.add_argument("--data-dir", help=f"folder with the tests (default: the run's, or {TINY})")
     p.add_argument("--harmful-file", help="own harmful prompts: one a line, or JSONL")
     p.add_argument("--judge", choices=JUDGES, help=f"default: the run's, or {JUDGE}")
     p.add_argument("--n-test", dest="eval_n", type=at_least(int, 1), default=1000,
@@ -235,7 +235,7 @@ def load_run(args):
 
 def load_named(args):
     """--model and --adapter, tested on everything."""
-    args.data_dir, args.keep_adapter, args.epoch = args.data_dir or "data/tiny", True, 0
+    args.data_dir, args.keep_adapter, args.epoch = args.data_dir or TINY, True, 0
     args.judge, args.max_new = args.judge or JUDGE, args.max_new or MAX_NEW
     return load_aligned(args, *place(args)), Tokenizer(args.model), []
 

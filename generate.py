@@ -125,6 +125,9 @@ def decode(model: Llama, cache: KVCache, rows: list[Row], last: Tensor, n_ids) -
     return logits[:, :n_ids].argmax(-1)
 
 
+TINY = "data/tiny"  # the embedded model and its tasks: what a program takes unless told otherwise
+
+
 def add_place(p) -> None:
     """The two flags that place() reads."""
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
@@ -149,7 +152,7 @@ def place(args) -> tuple[torch.device, torch.dtype]:
 def main(argv=None) -> int:
     """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
     p = Parser("generate.py", "Answer one prompt greedily.")
-    p.add_argument("--model", default="data/tiny", help="Hugging Face folder (default %(default)s)")
+    p.add_argument("--model", default=TINY, help="Hugging Face folder (default %(default)s)")
     p.add_argument("--adapter", help="folder with an adapter in PEFT's format")
     p.add_argument("--prompt", required=True, help="the user's turn")
     p.add_argument("--max-new", type=at_least(int, 1), default=256,

@@ -95,7 +95,7 @@ class Tokenizer:
     """
 
     def __init__(self, dir, date: str | None = None):
-        """date: what a template that prints today's date gets; None leaves the template's own."""
+        """date: for a template that prints one; None: the template's own, or Llama 3's default."""
         self.dir = Path(dir)
         if (self.dir / "tokenizer.json").exists():
             self.backend = JsonBackend(self.dir / "tokenizer.json")

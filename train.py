@@ -43,7 +43,7 @@ from eval import (
     model_files,
     report,
 )
-from generate import add_place, place
+from generate import TINY, add_place, place
 from judges import JUDGES
 from lora import adapted, add_lora, trainable
 from model import UserError, to_fp32
@@ -100,6 +100,7 @@ def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> d
     per_epoch = -(-len(examples) // args.batch_size)
     n_steps = per_epoch * args.epochs
     start, done = run.start(model, optimizer)
+    # Reading a number waits for a GPU, hence in groups; 20 is our choice, not yet measured.
     log, stop = Log(run, done, every=1 if device.type == "cpu" else 20), Stop()
 
     def batch_of(step):
@@ -165,12 +166,12 @@ def parse(argv=None):
 
 
 def data_flags(g):
-    g.add_argument("--model", default="data/tiny", help="Hugging Face folder (default %(default)s)")
+    g.add_argument("--model", default=TINY, help="Hugging Face folder (default %(default)s)")
     g.add_argument("--adapter", help="PEFT folder, merged into the model before training")
     g.add_argument("--keep-adapter", action="store_true", help="train --adapter on, unmerged")
     g.add_argument("--task", choices=TASKS,
                    help="benign task, its test is FA (default sst2; with --data none)")
-    g.add_argument("--data-dir", default="data/tiny",
+    g.add_argument("--data-dir", default=TINY,
                    help="folder of tasks and prompts (default %(default)s)")
     g.add_argument("--data", help="own upload as it lies, JSONL or JSON, instead of the mixture")
     g.add_argument("--n", type=at_least(int, 1), default=1000,
@@ -275,8 +276,10 @@ def execute(args) -> None:
     if not run.finished:
         step_fn = DEFENSES[args.defense](model, tokenizer, args)
         optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
-        print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{sum(p.numel() for p in params):,} of them trained, {args.dtype} on {args.device}\n"
+        n_trained = sum(p.numel() for p in params)
+        n_base = sum(p.numel() for p in model.parameters()) - n_trained
+        print(f"{args.model}: {n_base:,} parameters, frozen, {args.dtype} on {args.device}; "
+              f"{n_trained:,} in adapters, trained\n"
               f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens; "
               f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
               f"{args.anchors} anchors of {anchor_pool(args)}; HS on {harmful_tests(args)}\n"

@@ -275,10 +275,10 @@ def task_pool(words: dict, task: str) -> list[dict]:
     return rows if task == "gsm8k" else balanced(rows, PARTS["base"][1], "response")
 
 
-def task_rows(words: dict, task: str, part: str, n: int | None = None, seed: int = 0) -> list[dict]:
-    """n rows (or all) of a task's base, train or test part, in the order that the seed gives."""
+def task_rows(words: dict, task: str, part: str, n: int | None = None) -> list[dict]:
+    """n rows (or all) of a task's base, train or test part, in a fixed shuffled order."""
     rows = task_pool(words, task)[slice(*PARTS[part])]
-    random.Random(seed).shuffle(rows)
+    random.Random(0).shuffle(rows)
     assert n is None or len(rows) >= n, f"{task} {part} has only {len(rows)} rows"
     return rows[:n]
 
