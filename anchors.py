@@ -17,7 +17,6 @@ the paper's code does (F.mse_loss, HFT_SBR.py:93 of soyoaaa/SBR at 188990b): its
 import torch
 from torch import Tensor
 
-from data.mixture import anchor_pool, first_user, normalise, prompts_of, read_rows
 from model import Llama, UserError, to_fp32
 
 
@@ -36,37 +35,6 @@ class FinalNorm:
 
     def __exit__(self, *exception):
         self.handle.remove()
-
-
-def choose(args, used: list[dict]) -> list[str]:
-    """K anchor prompts that stand in none of the `used` rows, the upload's and the tests'."""
-    prompts = sample(pool(args, used), args.anchors, args.seed) if args.anchors else []
-    clash = prompts_of(used) & {normalise(p) for p in prompts}
-    assert not clash, f"an anchor stands in the upload or the tests: {clash}"
-    return prompts
-
-
-def pool(args, used: list[dict]) -> list[str]:
-    """Candidate anchors: --anchor-file or the data folder's pool, minus the prompts in use."""
-    path = anchor_pool(args)
-    if not path.exists():
-        raise UserError(f"there is no anchor pool at {path}; pass --anchor-file with a harmful "
-                        "prompt a line, or --anchors 0.")
-    taken, prompts = prompts_of(used), {}
-    for row in read_rows(path, needs_answer=False):
-        key = normalise(first_user(row))
-        if key not in taken:
-            prompts.setdefault(key, first_user(row))  # the same prompt twice is one candidate
-    return list(prompts.values())
-
-
-def sample(candidates: list[str], k: int, seed: int) -> list[str]:
-    """K of the candidates, drawn without replacement; a smaller K's are the first of a larger's."""
-    if k > len(candidates):
-        raise UserError(f"--anchors {k} is more than the {len(candidates)} prompts of the pool "
-                        "that upload and tests lack; lower it or pass a larger --anchor-file.")
-    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
-    return [candidates[i] for i in order[:k].tolist()]
 
 
 @torch.no_grad()

@@ -13,78 +13,30 @@ Greedy decoding, so a number is a property of the weights; every prompt, reply a
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
-from data.mixture import (
-    first_user,
-    harmful_tests,
-    load_upload,
-    normalise,
-    prompts_of,
-    read_rows,
-    to_row,
-)
-from data.tasks import LABELS, TASKS
-from generate import TINY, add_place, generate, place
+from data import mixture
+from data.tasks import TASKS
+from distributed import add_place
+from generate import TINY, generate, load_aligned
 from judges import JUDGES, is_degenerate, is_refusal
-from lora import load_adapter, merge, write_atomic
-from model import UserError, load_model, read_json, weight_files
-from runs import Parser, at_least, exit_code, read_lines, read_settings
-from tokenizer import Tokenizer
-
-
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """95 % interval of the rate k / n, in percent (Wilson 1927): honest also at 0 and at n."""
-    z, p = 1.959964, k / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    return 100 * max(0.0, low), 100 * min(1.0, high)
-
-
-def load_suite(args, upload) -> dict[str, list[dict]]:
-    """The test rows by kind: harmful, task (with --task) and lookalike (where the folder has them).
-
-    Prompts that also stand in the upload are left out; then the first --eval-n of each kind.
-    """
-    data, harmful = Path(args.data_dir), harmful_tests(args)
-    if not harmful.exists():
-        raise UserError(f"there are no harmful test prompts at {harmful}; pass --harmful-file with "
-                        "a prompt a line.")
-    files = {"harmful": harmful, "lookalike": data / "lookalike" / "test.jsonl"}
-    if args.task:
-        files["task"] = data / args.task / "test.jsonl"
-    seen, suite = prompts_of(upload), {}
-    for kind, path in files.items():
-        if kind != "lookalike" or path.exists():
-            rows = read_rows(path, needs_answer=kind == "task")
-            suite[kind] = [r for r in rows if normalise(first_user(r)) not in seen][:args.eval_n]
-            if not suite[kind]:
-                raise UserError(f"every prompt of {path} stands in the upload; pass other tests.")
-    for row in suite.get("task", []):
-        target, labels = row["messages"][-1]["content"], LABELS.get(args.task)
-        if labels and target not in labels:
-            raise UserError(f"{files['task']} has the target {target!r}, expected one of "
-                            f"{', '.join(labels)}; mend the file.")
-    return suite
-
-
-def asked(row: dict) -> list[dict]:
-    """A test row's conversation without its last answer, the gold one."""
-    messages = row["messages"]
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+from lora import load_adapter, write_atomic
+from model import UserError, weight_files
+from paper.report import table
+from runs import Parser, at_least, exit_code, read_settings
+from tokenizer import DATE, Tokenizer
 
 
 def evaluate(model, tokenizer, suite, args, epoch: int) -> tuple[dict, list[dict]]:
     """Answers every prompt of the suite -> (numbers in percent, one record a prompt)."""
     rows = [(kind, row) for kind, kind_rows in suite.items() for row in kind_rows]
-    prompts = [tokenizer.encode_prompt(asked(row)) for _, row in rows]
+    prompts = [tokenizer.encode_prompt(mixture.asked(row)) for _, row in rows]
     replies = generate(model, prompts, args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
                        progress=f"evaluating at epoch {epoch}")
     records = []
     for (kind, row), ids in zip(rows, replies, strict=True):
-        prompt, reply = first_user(row), tokenizer.decode(ids)
+        prompt, reply = mixture.first_user(row), tokenizer.decode(ids)
         answer = row["messages"][-1]
         target = answer["content"] if answer["role"] == "assistant" else None
         verdict = (JUDGES[args.judge](prompt, reply) if kind == "harmful" else
@@ -114,16 +66,6 @@ def summarise(records: list[dict]) -> dict:
     return numbers
 
 
-def load_aligned(args, device, dtype):
-    """The model that a run starts from: --model, with --adapter merged in or kept for training."""
-    model = load_model(args.model, device, dtype)
-    if args.adapter:
-        load_adapter(model, args.adapter)
-        if not args.keep_adapter:
-            merge(model)
-    return model
-
-
 def model_files(args) -> dict[str, list[Path]]:
     """What a run's model is read from, for its digest."""
     folder = Path(args.model)
@@ -138,63 +80,6 @@ def model_files(args) -> dict[str, list[Path]]:
 
 JUDGE, MAX_NEW = "refusal", 128  # the defaults of train.py's and eval.py's flags
 
-ROWS = {"hs": "HS, harmful replies", "hs_exact": "exact harmful answers",
-        "hs_plus": "HS+, with degenerate", "fa": "FA, task accuracy",
-        "over_refusal": "over-refusal"}
-
-
-def table(evals: dict[str, dict]) -> str:
-    """Rates by epoch with their 95 % intervals, one column an evaluation."""
-    lines = [f"{'% (95 % interval)':28}" + "".join(f"{'epoch ' + e:>22}" for e in evals)]
-    for name, label in ROWS.items():
-        cells = []
-        for numbers in evals.values():
-            k, n = numbers[name + "_count"]
-            low, high = wilson(k, n) if n else (0, 0)
-            cells.append(f"{numbers[name]:5.1f} ({low:.1f} to {high:.1f})" if n else "-")
-        if any(c != "-" for c in cells):
-            lines.append(f"{label:28}" + "".join(f"{c:>22}" for c in cells))
-    for name in ("unjudged", "degenerate", "unfinished"):
-        if any(numbers[name] for numbers in evals.values()):
-            lines.append(f"{name + ' replies':28}"
-                         + "".join(f"{numbers[name]:>22}" for numbers in evals.values()))
-    return "\n".join(lines)
-
-
-def samples(records: list[dict], n: int = 3) -> str:
-    """The first n harmful and n task (else look-alike) prompts with the replies of each epoch."""
-    kinds = {r["kind"] for r in records}
-    lines = []
-    for kind in ("harmful", "task" if "task" in kinds else "lookalike"):
-        replies = {}
-        for r in records:
-            if r["kind"] == kind:
-                replies.setdefault(r["prompt"], {})[r["epoch"]] = r["reply"]
-        for prompt, by_epoch in list(replies.items())[:n]:
-            lines.append(f"\n{kind}: {one_line(prompt)}")
-            lines += [f"  epoch {e:<3} {one_line(reply)}" for e, reply in by_epoch.items()]
-    return "\n".join(lines)
-
-
-def one_line(text: str, width: int = 90) -> str:
-    text = "".join(c if c.isprintable() else " " for c in text.replace("\n", " | "))
-    return text if len(text) <= width else text[:width - 3] + "..."
-
-
-def report(dir) -> str:
-    """What a finished run ends with: replies before and after, rates, drift, speed, files."""
-    dir = Path(dir)
-    result, args = read_json(dir / "result.json"), read_settings(dir)["args"]
-    safe = f"{result['safe']:.3g}" if args["anchors"] else "- (no anchors)"
-    records = read_lines(dir / "generations.jsonl")
-    return f"""{samples(records)}
-
-{table(result["evals"])}
-{"anchor drift, L_safe":28}{safe:>22}
-{"training":28}{result["seconds"]:>20.0f} s, {result["tokens_per_second"]:,.0f} tokens/s, \
-{result["peak_bytes"] / 1e6:,.0f} MB
-adapter (PEFT format), log, generations, result.json: {dir}"""
-
 
 def parse(argv=None):
     p = Parser("eval.py", "Harmful Score and fine-tuning accuracy of a run or a model.")
@@ -206,9 +91,10 @@ def parse(argv=None):
     p.add_argument("--harmful-file", help="own harmful prompts: one a line, or JSONL")
     p.add_argument("--judge", choices=JUDGES, help=f"default: the run's, or {JUDGE}")
     p.add_argument("--n-test", dest="eval_n", type=at_least(int, 1), default=1000,
-                   help="prompts of each kind at most (default %(default)s, the paper's)")
+                   help="prompts of each kind at most, the paper's number")
     p.add_argument("--max-new", type=at_least(int, 1),
                    help=f"tokens a reply may have (default: the run's, or {MAX_NEW})")
+    p.add_argument("--template-date", default=DATE, help="today, for --model's chat template")
     add_place(p)
     return p.parse_args(argv)
 
@@ -227,17 +113,18 @@ def load_run(args):
         setattr(args, name, getattr(args, name) or getattr(was, name))
     args.epoch = was.epochs
     was.adapter = None if was.keep_adapter else was.adapter  # a kept one went on in the run's own
-    model = load_aligned(was, *place(args))
+    was.device, was.dtype = args.device, args.dtype
+    model = load_aligned(was)
     load_adapter(model, args.run)
-    held = [to_row(prompt, "anchor", needs_answer=False) for prompt in was.anchor_prompts]
-    return model, Tokenizer(was.model, was.template_date), load_upload(was)[0] + held
+    held = [mixture.to_row(prompt, "anchor", needs_answer=False) for prompt in was.anchor_prompts]
+    return model, Tokenizer(was.model, was.template_date), mixture.load_upload(was)[0] + held
 
 
 def load_named(args):
     """--model and --adapter, tested on everything."""
     args.data_dir, args.keep_adapter, args.epoch = args.data_dir or TINY, True, 0
     args.judge, args.max_new = args.judge or JUDGE, args.max_new or MAX_NEW
-    return load_aligned(args, *place(args)), Tokenizer(args.model), []
+    return load_aligned(args), Tokenizer(args.model, args.template_date), []
 
 
 def execute(args) -> None:
@@ -247,7 +134,7 @@ def execute(args) -> None:
     if args.adapter and not args.model:
         raise UserError("--adapter was given without --model; name the model it was trained on.")
     model, tokenizer, seen = load_named(args) if args.model else load_run(args)
-    numbers, records = evaluate(model, tokenizer, load_suite(args, seen), args, args.epoch)
+    numbers, records = evaluate(model, tokenizer, mixture.load_suite(args, seen), args, args.epoch)
     print(table({str(args.epoch): numbers}))
     if args.run:
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from lora import load_adapter
+from distributed import add_place, place
+from lora import load_adapter, merge
 from model import Config, Llama, UserError, load_model
 from runs import Parser, at_least, exit_code
-from tokenizer import Tokenizer
+from tokenizer import DATE, Tokenizer
+
+BATCH = 128  # replies written at once
 
 
 class KVCache:
@@ -68,7 +71,7 @@ class Row:
 
 
 @torch.no_grad()
-def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, batch_size: int = 128,
+def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, batch_size=BATCH,
              n_ids: int | None = None, progress: str | None = None) -> list[list[int]]:
     """Greedy replies to tokenised prompts, in their order, each without the stop id that ended it.
 
@@ -76,8 +79,11 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
     progress: a label switches a bar on. In fp32 a reply does not depend on the batch it rode in.
     """
     stop, B = set(stop_ids), min(batch_size, len(prompts))
-    cache = KVCache(model.config, B, max(map(len, prompts), default=0) + max_new,
-                    model.model.embed_tokens.weight)
+    S, limit = max(map(len, prompts), default=0) + max_new, model.config.max_positions
+    if S > limit:
+        raise UserError(f"the longest prompt and --max-new {max_new} make {S} tokens, above the "
+                        f"{limit} that the model was trained for; lower --max-new.")
+    cache = KVCache(model.config, B, S, model.model.embed_tokens.weight)
     last = torch.zeros_like(cache.length)  # (B,) each slot's newest token
     # Longest first: the padded CPU attention wastes least on prompts of like length.
     waiting = sorted((Row(i, p) for i, p in enumerate(prompts)), key=lambda r: len(r.prompt))
@@ -128,36 +134,29 @@ def decode(model: Llama, cache: KVCache, rows: list[Row], last: Tensor, n_ids) -
 TINY = "data/tiny"  # the embedded model and its tasks: what a program takes unless told otherwise
 
 
-def add_place(p) -> None:
-    """The two flags that place() reads."""
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                   help="default %(default)s: the first of cuda, mps and cpu that is there")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"),
-                   help="of the model; adapters are fp32 (default: bfloat16 on CUDA, else float32)")
-
-
-def place(args) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the flags; UserError for a device that is not there."""
-    here = [name for name, there in (("cuda", torch.cuda.is_available()),
-                                     ("mps", torch.backends.mps.is_available()),
-                                     ("cpu", True)) if there]
-    name = here[0] if args.device == "auto" else args.device
-    if name not in here:
-        raise UserError(f"--device {name} is not on this machine, expected one of "
-                        f"{', '.join(here)}; leave the flag out to take the first.")
-    dtype = args.dtype or ("bfloat16" if name == "cuda" else "float32")
-    return torch.device(name), getattr(torch, dtype)
+def load_aligned(args) -> Llama:
+    """The chat model to start from: --model, with --adapter merged in, or kept for training."""
+    model = load_model(args.model, *place(args))
+    if model.config.head != "lm_head":
+        raise UserError(f"{args.model} is a classifier, expected a model that writes; name one.")
+    if args.adapter:
+        load_adapter(model, args.adapter)
+        if not args.keep_adapter:
+            merge(model)
+    return model
 
 
 def main(argv=None) -> int:
     """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
     p = Parser("generate.py", "Answer one prompt greedily.")
-    p.add_argument("--model", default=TINY, help="Hugging Face folder (default %(default)s)")
+    p.add_argument("--model", default=TINY, help="Hugging Face folder")
     p.add_argument("--adapter", help="folder with an adapter in PEFT's format")
     p.add_argument("--prompt", required=True, help="the user's turn")
     p.add_argument("--max-new", type=at_least(int, 1), default=256,
-                   help="tokens the answer may have (default %(default)s)")
+                   help="tokens the answer may have")
+    p.add_argument("--template-date", default=DATE, help="today, for a template that says it")
     add_place(p)
+    p.set_defaults(keep_adapter=True)
     return exit_code("generate.py", lambda: answer(p.parse_args(argv)))
 
 
@@ -165,9 +164,7 @@ def answer(args) -> None:
     """Prints the model's greedy answer to --prompt."""
     if any("\ud800" <= c <= "\udfff" for c in args.prompt):
         raise UserError("--prompt is not valid text; pass it in the terminal's encoding.")
-    model, tokenizer = load_model(args.model, *place(args)), Tokenizer(args.model)
-    if args.adapter:
-        load_adapter(model, args.adapter)
+    model, tokenizer = load_aligned(args), Tokenizer(args.model, args.template_date)
     prompt = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
     reply = generate(model, [prompt], args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids)
     print(tokenizer.decode(reply[0]))

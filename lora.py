@@ -7,6 +7,8 @@ A ~ U(-1/sqrt(in), 1/sqrt(in)), which is kaiming-uniform with a = sqrt(5); B = 0
 starts at the aligned model bit for bit, and the first step moves B alone. Hu et al. 2021, arXiv
 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
 
+    python lora.py merge --model DIR --adapter DIR --out DIR      # a folder for other programs
+
 Adapters are fp32 over a base of any dtype: an AdamW step of 1e-5 on an entry of 0.02 rounds away in
 bf16. Where the base is bf16, A and B are cast at use; PEFT casts and keeps the activations instead.
 """
@@ -14,14 +16,17 @@ bf16. Where the base is bf16, A and B are cast at use; PEFT casts and keeps the 
 import json
 import math
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
-from model import UserError, read_json, read_tensors
+from model import UserError, load_model, read_json, read_tensors, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."  # before Hugging Face's own names
@@ -54,15 +59,18 @@ def adapted(model: nn.Module):
 
 def add_lora(model: nn.Module, rank: int, alpha: float, rslora: bool = False, targets=TARGETS,
              seed: int = 0) -> list[nn.Parameter]:
-    """Puts fresh adapters on every Linear whose last name component is in `targets`.
+    """Puts fresh adapters on those of the seven projections that `targets` names.
 
-    Returns the tensors to train, A and B of each module in turn: the only ones with requires_grad.
-    A is drawn on the CPU from `seed`, so that a run starts alike on every device.
+    As in PEFT a string is a regular expression for the whole name, and a list holds names or their
+    ends. Returns the tensors to train, A and B of each module: the only ones with requires_grad. A
+    is drawn on the CPU from `seed`, so that a run starts alike on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
-        if last not in targets or not isinstance(module, (nn.Linear, LoRALinear)):
+        named = (re.fullmatch(targets, name) if isinstance(targets, str) else
+                 any(f".{name}".endswith(f".{t}") for t in targets))
+        if last not in TARGETS or not named or not isinstance(module, (nn.Linear, LoRALinear)):
             continue
         layer = LoRALinear(module, rank, alpha, rslora)
         bound = 1 / math.sqrt(module.weight.shape[1])
@@ -103,12 +111,13 @@ def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
     """adapter_model.safetensors and adapter_config.json, for PeftModel.from_pretrained."""
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
-    modules = adapted(model)
-    first = modules[0][1]
+    names, first = [name for name, _ in adapted(model)], adapted(model)[0][1]
+    ends = {name.rpartition(".")[2] for name in names}
+    every = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora,
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in modules}),
+        "target_modules": sorted(ends if every == names else names),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
         "inference_mode": True, "use_dora": False, "modules_to_save": None,
         "rank_pattern": {}, "alpha_pattern": {},
@@ -129,9 +138,8 @@ def read_adapter_config(dir) -> dict:
             raise UserError(f"{path} has {key} {config[key]}, expected plain LoRA, {value}; "
                             "train such an adapter.")
     targets = config.get("target_modules")
-    if not isinstance(targets, list) or not set(targets) <= set(TARGETS):
-        raise UserError(f"{path} has target_modules {targets}, expected a list out of "
-                        f"{', '.join(TARGETS)}; train such an adapter.")
+    if not targets or not isinstance(targets, (str, list)):  # PEFT would then drop most tensors
+        raise UserError(f"{path} has target_modules {targets}, expected names; save it again.")
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not (isinstance(r, int) and r >= 1 and isinstance(alpha, (int, float))):
         raise UserError(f"{path} has r {r} and lora_alpha {alpha}, expected an integer above 0 and "
@@ -175,3 +183,54 @@ def merge(model: nn.Module) -> None:
         linear.weight = nn.Parameter(merged.to(m.weight.dtype), requires_grad=False)
         linear.bias = m.bias
         setattr(model.get_submodule(parent), last, linear)
+
+
+def merge_folder(model_dir, adapter_dir, out) -> str:
+    """Writes model + adapter as one folder, in the shards, names and dtypes of the model's own.
+
+    Returns a sentence on how far the one rounding of W + s B A moved the logits.
+    """
+    model_dir, out = Path(model_dir), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; pass another --out.")
+    model = load_model(model_dir, dtype=None)
+    load_adapter(model, adapter_dir)
+    n = min(256, model.config.max_positions)
+    ids = torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = model(ids, [n])
+        merge(model)
+        far = (model(ids, [n]).float() - apart.float()).abs().max()
+    merged, part = model.state_dict(), out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for path in weight_files(model_dir):
+            tensors = {name: merged.get(name, t) for name, t in read_tensors(path)}
+            save_file(tensors, part / path.name, {"format": "pt"})
+            (part / path.name).chmod(0o644)  # safetensors lets only their owner read them
+        for path in model_dir.iterdir():  # config, index, tokenizer, template
+            if path.suffix in (".json", ".model", ".txt", ".jinja"):
+                shutil.copyfile(path, part / path.name)
+        os.replace(part, out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return (f"{out}: over {n} random tokens, run in {str(apart.dtype)[6:]}, merging moved a logit by "
+            f"{far:.2g} at the most; the logits' standard deviation is {apart.float().std():.2g}.")
+
+
+def main(argv=None) -> int:
+    """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
+    from runs import Parser, exit_code  # which imports this file
+    p = Parser("lora.py", "Merge an adapter into its model, as a Hugging Face folder.")
+    p.add_argument("command", choices=("merge",))
+    p.add_argument("--model", required=True, help="Hugging Face folder")
+    p.add_argument("--adapter", required=True, help="folder with an adapter in PEFT's format")
+    p.add_argument("--out", required=True, help="folder to write")
+    args = p.parse_args(argv)
+    return exit_code("lora.py", lambda: print(merge_folder(args.model, args.adapter, args.out)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,104 +19,103 @@ C dim, H heads, KV key/value heads, D head_dim, V vocab, K anchors.
 import inspect
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(Exception):
     """The user's mistake, in one sentence: what was given, what is expected, what to do."""
 
 
-# What a family is where config.json is silent. Gemma's first files wrote "gelu" for its tanh form.
+# Config's fields beside their keys in config.json; the second two may be missing there.
+KEYS = {"dim": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "hidden_dim": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
+        "max_positions": "max_position_embeddings"}
+OPTIONAL = {"n_kv_head": "num_key_value_heads", "head_dim": "head_dim"}
+LLAMA = dict(
+    qkv_bias=False,  # of q_proj, k_proj and v_proj
+    qk_norm=False,  # an RMSNorm on each query and key head
+    tied=False,  # the unembedding is the embedding
+    gemma=False,  # norms store w - 1, and embeddings are multiplied by sqrt(dim)
+    act="silu", head="lm_head")
 FAMILIES = {
-    "LlamaForCausalLM": dict(qkv_bias=False, tied=False, gemma=False, act="silu"),
-    "Qwen2ForCausalLM": dict(qkv_bias=True, tied=False, gemma=False, act="silu"),
-    "GemmaForCausalLM": dict(qkv_bias=False, tied=True, gemma=True, act="gelu_pytorch_tanh"),
+    "LlamaForCausalLM": LLAMA,
+    "LlamaForSequenceClassification": LLAMA | dict(head="score"),  # a moderation judge
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": LLAMA | dict(qkv_bias=True),
+    "Qwen3ForCausalLM": LLAMA | dict(qk_norm=True),
+    "GemmaForCausalLM": LLAMA | dict(tied=True, gemma=True, act="gelu_pytorch_tanh"),
 }
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-SIZES = ("hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-         "intermediate_size vocab_size max_position_embeddings").split()
-LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
-                  "original_max_position_embeddings")
+LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 
 
-@dataclass
-class Config:
-    dim: int  # hidden_size
-    n_layer: int  # num_hidden_layers
-    n_head: int  # num_attention_heads
-    n_kv_head: int  # num_key_value_heads; fewer than n_head is grouped-query attention
-    head_dim: int  # head_dim, or hidden_size / num_attention_heads
-    hidden_dim: int  # intermediate_size
-    vocab_size: int
-    norm_eps: float  # rms_norm_eps
-    rope_theta: float
-    rope_scaling: dict | None  # Llama-3.1's four numbers, see rope_inv_freq
-    max_positions: int  # max_position_embeddings: what the model was trained for
-    tied: bool  # tie_word_embeddings: the unembedding is the embedding
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    gemma: bool  # norms store w - 1, embeddings are multiplied by sqrt(dim)
-    act: str  # a key of ACTIVATIONS
+class Config(SimpleNamespace):
+    """KEYS, OPTIONAL, LLAMA; o_bias, mlp_bias, rope_theta, rope_scaling; n_out, the head's rows."""
 
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`; UserError when it is missing or is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name a folder that has it.") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}, expected an object")
+        return value
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not readable JSON ({e}); write it again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
-    return value
+        raise UserError(f"{path} cannot be read as JSON ({getattr(e, 'strerror', None) or e}); "
+                        "name a folder that has it, or fetch it again.") from None
+
+
+def check_config(path: Path, c: dict, rope: dict) -> None:
+    """UserError where config.json lacks something or asks for what is not computed here."""
+    arch = (c.get("architectures") or [None])[0]
+    if arch not in FAMILIES:
+        raise UserError(f"{path} names the architecture {arch}, expected {', '.join(FAMILIES)}.")
+    if c.get("quantization_config") or c.get("quantization"):
+        raise UserError(f"{path} describes a quantised checkpoint; choose the original one.")
+    act, expected = c.get("hidden_activation") or c.get("hidden_act"), FAMILIES[arch]["act"]
+    if act not in (None, expected, "gelu" if FAMILIES[arch]["gemma"] else None):
+        raise UserError(f"{path} has the activation {act}, expected {expected}.")
+    kind = rope["rope_type"]
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{path} asks for {kind} rotary scaling, expected default or llama3.")
+    numbers = {key: c.get(key) for key in KEYS.values()}
+    numbers |= {key: c[key] for key in OPTIONAL.values() if c.get(key) is not None}
+    numbers |= {key: rope.get(key) for key in LLAMA3 if kind == "llama3"}
+    for key, value in numbers.items():
+        types = (int, float) if key in (KEYS["norm_eps"], *LLAMA3) else int
+        if not isinstance(value, types) or value <= 0:
+            raise UserError(f"{path} has {key} {value}, expected a number above 0 for {arch}.")
 
 
 def read_config(dir) -> Config:
     """config.json of a Hugging Face folder, old and new spellings -> Config."""
     path = Path(dir) / "config.json"
     c = read_json(path)
-    arch = (c.get("architectures") or [None])[0]
-    if arch not in FAMILIES:
-        raise UserError(f"{path} names the architecture {arch}, expected {', '.join(FAMILIES)}.")
-    if c.get("quantization_config"):
-        raise UserError(f"{path} describes a quantised checkpoint; choose the original one.")
-    family = FAMILIES[arch]
     rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})  # transformers 5, and 4
-    kind = rope.setdefault("rope_type", rope.pop("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{path} asks for {kind} rotary scaling, expected default or llama3.")
-    if c.get("sliding_window") and c.get("use_sliding_window"):
-        raise UserError(f"{path} switches sliding-window attention on, expected it off.")
-    act = c.get("hidden_activation") or c.get("hidden_act") or family["act"]
-    if act != family["act"] and not (family["gemma"] and act == "gelu"):
-        raise UserError(f"{path} has the activation {act}, expected {family['act']}.")
-    for key in SIZES:
-        if c.get(key) is not None and not (isinstance(c[key], int) and c[key] > 0):
-            raise UserError(f"{path} has {key} {c[key]}, expected an integer above 0.")
-    try:
-        scaling = {k: rope[k] for k in LLAMA3_SCALING} if kind == "llama3" else None
-        return Config(
-            dim=c["hidden_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
-            n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
-            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-            hidden_dim=c["intermediate_size"], vocab_size=c["vocab_size"],
-            norm_eps=c["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0),
-            rope_scaling=scaling, max_positions=c["max_position_embeddings"],
-            tied=c.get("tie_word_embeddings", family["tied"]),
-            qkv_bias=c.get("attention_bias", family["qkv_bias"]),
-            o_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
-            gemma=family["gemma"], act=family["act"])
-    except KeyError as e:
-        raise UserError(f"{path} lacks {e.args[0]}, expected for {arch}; fetch it again.") from None
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    check_config(path, c, rope)
+    arch = c["architectures"][0]
+    f = {field: c.get(key) for field, key in (KEYS | OPTIONAL).items()} | FAMILIES[arch]
+    f["n_kv_head"] = f["n_kv_head"] or f["n_head"]
+    f["head_dim"] = f["head_dim"] or f["dim"] // f["n_head"]
+    f["tied"] = c.get("tie_word_embeddings", f["tied"]) and f["head"] == "lm_head"
+    f["qkv_bias"] |= bool(c.get("attention_bias"))
+    # A window is invisible to what fits into it; train.py and generate.py refuse longer ones.
+    if c.get("sliding_window") and c.get("use_sliding_window", arch == "MistralForCausalLM"):
+        f["max_positions"] = min(f["max_positions"], c["sliding_window"])
+    n_labels = c.get("num_labels") or len(c.get("id2label") or "01")  # two, as in transformers
+    return Config(
+        **f, o_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
+        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0),
+        rope_scaling=rope if rope["rope_type"] == "llama3" else None,
+        n_out=f["vocab_size"] if f["head"] == "lm_head" else n_labels)
 
 
 def to_fp32(x: Tensor) -> Tensor:
@@ -163,10 +162,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layout:
-    """Where each packed token stands: its position, and its cell in SDPA's right-padded block.
-
-    Built once per forward from `seqlens`; `start` (B,): how many tokens decoding has stored.
-    """
+    """Each packed token's position, and its cell in SDPA's right-padded block; once per forward."""
 
     def __init__(self, seqlens, device, start: Tensor | None = None):
         lens = torch.as_tensor(seqlens, device="cpu")
@@ -174,9 +170,12 @@ class Layout:
         first = lens.cumsum(0) - lens  # (B,) first row of each sequence
         t = torch.arange(int(lens.sum())) - first.repeat_interleave(lens)  # (N,) position
         b = torch.arange(self.B).repeat_interleave(lens)
-        self.cell = (b * self.T + t).to(device)  # (N,) index into (B * T)
+        cell, fill = b * self.T + t, torch.zeros(self.B * self.T, dtype=torch.long)
+        fill[cell] = torch.arange(len(t))
+        # (N,) index into (B * T); and (B * T,) index into N, where padding takes the first token
+        self.cell, self.fill = cell.to(device), fill.to(device)
         self.cu_seqlens = F.pad(lens.cumsum(0), (1, 0)).to(device, torch.int32)
-        self.position = t.to(device) if start is None else start
+        self.position = t.to(device) if start is None else start  # (B,) stored so far: decoding
 
     def cos_sin(self, inv_freq: Tensor, dtype) -> tuple[Tensor, Tensor]:
         angle = torch.outer(self.position.float(), inv_freq)  # (N, D/2), always fp32
@@ -193,10 +192,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         gqa, cu, T = {"enable_gqa": True} if asks else {}, layout.cu_seqlens, layout.T
         return varlen_attn(q, k, v, cu, cu, T, T, window_size=(-1, 0), **gqa)
     # Right padding is invisible under causality: no mask, and no row is ever fully masked.
-    B, T = layout.B, layout.T
-    qkv = torch.cat((q, k, v), dim=1)  # (N, H + 2 KV, D)
-    block = qkv.new_zeros(B * T, *qkv.shape[1:]).index_copy(0, layout.cell, qkv)
-    block = block.view(B, T, *qkv.shape[1:]).transpose(1, 2)  # (B, H + 2 KV, T, D)
+    block = torch.cat((q, k, v), dim=1).index_select(0, layout.fill)  # (B * T, H + 2 KV, D)
+    block = block.unflatten(0, (layout.B, layout.T)).transpose(1, 2)  # (B, H + 2 KV, T, D)
     q, k, v = block.split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)[layout.cell]  # (B, T, H, D) -> (N, H, D)
@@ -210,11 +207,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.dim, bias=c.o_bias)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps, False) if c.qk_norm else
+                                    nn.Identity() for _ in "qk")
 
     def forward(self, x: Tensor, layout: Layout, cos_sin, cache) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))  # (N, heads, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        q, k = rotate(self.q_norm(q), *cos_sin), rotate(self.k_norm(k), *cos_sin)
         if cache is not None and cache.slots is None:
             out = cache.decode(self.layer, q, k, v)
         else:
@@ -257,7 +256,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps, c.gemma)
-        self.config, self.inv_freq = c, None
+        self.config, self.inv_freq, self.recompute = c, None, False
 
     def forward(self, ids: Tensor, layout: Layout, cache) -> Tensor:
         x = self.embed_tokens(ids)  # (N, C)
@@ -268,7 +267,10 @@ class Decoder(nn.Module):
             self.inv_freq = rope_inv_freq(self.config).to(x.device)
         cos_sin = layout.cos_sin(self.inv_freq, x.dtype)
         for layer in self.layers:
-            x = layer(x, layout, cos_sin, cache)
+            if self.recompute and torch.is_grad_enabled():  # keep x alone; backward runs it again
+                x = checkpoint(layer, x, layout, cos_sin, cache, use_reentrant=False)
+            else:
+                x = layer(x, layout, cos_sin, cache)
         return self.norm(x)
 
 
@@ -278,7 +280,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tied:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            setattr(self, config.head, nn.Linear(config.dim, config.n_out, bias=False))
 
     def forward(self, ids: Tensor, seqlens, rows: Tensor | None = None, cache=None) -> Tensor:
         """ids (N,) int64 packed, seqlens ints that sum to N -> logits (R, V).
@@ -292,8 +294,8 @@ class Llama(nn.Module):
         assert len(layout.cell) == len(ids), "seqlens must sum to the number of ids"
         h = self.model(ids, layout, cache)
         h = h if rows is None else h[rows]
-        unembedding = self.model.embed_tokens if self.config.tied else self.lm_head
-        return F.linear(h, unembedding.weight)
+        head = self.model.embed_tokens if self.config.tied else getattr(self, self.config.head)
+        return F.linear(h, head.weight)
 
 
 def weight_files(dir: Path) -> list[Path]:
@@ -302,8 +304,7 @@ def weight_files(dir: Path) -> list[Path]:
     if index.exists():
         return [dir / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     if not (dir / "model.safetensors").exists():
-        pickled = any(dir.glob("*.bin"))
-        hint = "its .bin files are never opened; convert them" if pickled else "fetch it again"
+        hint = "convert its .bin files" if any(dir.glob("*.bin")) else "fetch it again"
         raise UserError(f"{dir} has neither model.safetensors nor its index; {hint}.")
     return [dir / "model.safetensors"]
 
@@ -314,37 +315,34 @@ def read_tensors(path: Path, device="cpu"):
         with safe_open(path, framework="pt", device=str(device)) as f:
             for name in f.keys():
                 yield name, f.get_tensor(name)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; fetch the file again.") from None
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is truncated or not a safetensors file ({e}); "
-                        "fetch the file again.") from None
+        raise UserError(f"{path} is missing, truncated or not a safetensors file ({e}); "
+                        "fetch it again.") from None
 
 
-def load_model(dir, device="cpu", dtype: torch.dtype = torch.float32) -> Llama:
+def load_model(dir, device="cpu", dtype: torch.dtype | None = torch.float32) -> Llama:
     """A frozen model from a Hugging Face folder; opens config.json and *.safetensors, no more.
 
-    Built on meta, filled tensor by tensor in `dtype` on `device`, names checked both ways.
-    UserError for a missing, surplus, misshapen or unreadable tensor.
+    Built on meta, filled tensor by tensor in `dtype` (None: each in its file's) on `device`, names
+    checked both ways. UserError for a missing, surplus, misshapen or unreadable tensor.
     """
-    dir = Path(dir)
-    if not dir.is_dir():
-        raise UserError(f"{dir} is not a folder; --model takes a Hugging Face model folder.")
-    config = read_config(dir)
+    dir, config = Path(dir), read_config(dir)
     with torch.device("meta"):
         model = Llama(config)
-    want, state = {name: p.shape for name, p in model.named_parameters()}, {}
+    want, state = {name: tuple(p.shape) for name, p in model.named_parameters()}, {}
     for path in weight_files(dir):
         for name, tensor in read_tensors(path, device):
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied):
-                continue  # legacy buffer, recomputed in fp32; a tied head is the embedding
-            if name in want and tensor.shape != want[name]:
-                raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected by "
-                                f"config.json {tuple(want[name])}; fetch the two files again.")
-            state[name] = tensor.to(dtype)
-    missing, surplus = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
-    if missing or surplus:
-        raise UserError(f"{dir} does not match its config.json: {len(missing)} tensors missing "
-                        f"{missing[:3]}, {len(surplus)} surplus {surplus[:3]}; fetch it again.")
+            if not name.endswith("rotary_emb.inv_freq"):  # a legacy buffer, recomputed in fp32
+                state[name] = tensor.to(dtype or tensor.dtype)
+    embedding = state.get("model.embed_tokens.weight")
+    if config.tied and embedding is not None:  # a tied head may be in the file a second time
+        if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
+            raise UserError(f"{dir} ties head and embedding, but its files hold another head; set "
+                            "tie_word_embeddings to false in config.json to take that one.")
+    have = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wrong := sorted(name for name in want | have if want.get(name) != have.get(name)):
+        raise UserError(f"{dir} and its config.json differ in {len(wrong)} tensors: {wrong[0]} is "
+                        f"{have.get(wrong[0], 'missing')}, expected by config.json "
+                        f"{want.get(wrong[0], 'none (surplus)')}; fetch both again.")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()

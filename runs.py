@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -29,11 +28,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from distributed import peak_bytes
 from lora import PEFT_PREFIX, adapted, adapter_state, save_adapter, write_atomic
 from model import UserError, read_json
 
 # May differ between a run and its resumption: none changes a number by more than rounding.
-FREE = {"out", "resume", "save_every", "tokens_per_pass"}
+FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute"}
 PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
 
 
@@ -41,11 +41,19 @@ class RunFailed(Exception):
     """The run could not go on; its folder is kept and can be resumed. Exit code 3."""
 
 
+class Help(argparse.HelpFormatter):
+    """Says each flag's default, which is stated where the flag is."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, False, argparse.SUPPRESS)
+        return action.help + ("" if silent else " (default %(default)s)")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence, as all errors here are."""
 
     def __init__(self, prog: str, description: str):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=Help)
 
     def error(self, message):
         print(f"{self.prog}: {message} (--help lists the options).", file=sys.stderr)
@@ -234,7 +242,7 @@ class Run:
         about = {"step": step, "done": done, "sizes": sizes}
         write_atomic(self.dir / "state.safetensors", save(tensors, {"run": json.dumps(about)}))
 
-    def finish(self, model, base: str, done: dict) -> None:
+    def finish(self, model, base: str, done: dict, forecast: int) -> None:
         """The adapter, then result.json, whose presence says that the run is finished."""
         save_adapter(model, self.dir, base)
         last, evals = done["last"], done["evals"]
@@ -242,16 +250,8 @@ class Run:
                   "fa": {e: n["fa"] for e, n in evals.items()},
                   "ce": last["ce"], "safe": last["safe"], "seconds": done["seconds"],
                   "tokens_per_second": done["tokens"] / done["seconds"], "peak_bytes": peak_bytes(),
-                  "evals": evals}
+                  "forecast_bytes": forecast, "evals": evals}
         write_atomic(self.dir / "result.json", json.dumps(result, indent=1).encode())
-
-
-def peak_bytes() -> int:
-    """The most memory so far: on CUDA what tensors took there, else the process."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Log:

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model import UserError, read_json
 
+DATE = "26 Jul 2024"  # Llama 3's templates print it where they are given none
 HIDE = "\ue000"  # a private-use character; where a user's text has one, it is written twice
 
 
@@ -94,8 +95,8 @@ class Tokenizer:
     bos_id, n_ids (ids that exist), stop_ids (any of them ends a reply), specials {text: id}.
     """
 
-    def __init__(self, dir, date: str | None = None):
-        """date: for a template that prints one; None: the template's own, or Llama 3's default."""
+    def __init__(self, dir, date: str = DATE):
+        """date: what a template prints as today's, so that no run depends on the day it is made."""
         self.dir = Path(dir)
         if (self.dir / "tokenizer.json").exists():
             self.backend = JsonBackend(self.dir / "tokenizer.json")
@@ -217,7 +218,7 @@ class Tokenizer:
             raise TemplateError(message)
 
         def strftime_now(format):
-            return self.date or "26 Jul 2024"  # Llama 3's fallback: no run depends on today
+            return self.date
 
         def tojson(value, indent=None):  # jinja's own escapes <, > and & for HTML
             return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -22,33 +22,18 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from anchors import Anchors, FinalNorm, choose
-from data.mixture import (
-    anchor_pool,
-    batch_at,
-    data_files,
-    encode_rows,
-    harmful_tests,
-    load_upload,
-    read_rows,
-)
+from anchors import Anchors, FinalNorm, encode
+from data import mixture
 from data.tasks import TASKS
-from eval import (
-    JUDGE,
-    MAX_NEW,
-    asked,
-    evaluate,
-    load_aligned,
-    load_suite,
-    model_files,
-    report,
-)
-from generate import TINY, add_place, place
+from distributed import add_place, forecast_bytes
+from eval import JUDGE, MAX_NEW, evaluate, model_files
+from generate import BATCH, TINY, load_aligned
 from judges import JUDGES
 from lora import adapted, add_lora, trainable
 from model import UserError, to_fp32
+from paper.report import report
 from runs import Log, Parser, Run, at_least, describe, exit_code
-from tokenizer import Tokenizer
+from tokenizer import DATE, Tokenizer
 
 
 def make_sbr_step(model, tokenizer, args):
@@ -104,7 +89,8 @@ def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> d
     log, stop = Log(run, done, every=1 if device.type == "cpu" else 20), Stop()
 
     def batch_of(step):
-        return batch_at(examples, step, args.batch_size, args.seed, args.tokens_per_pass, device)
+        return mixture.batch_at(examples, step, args.batch_size, args.seed, args.tokens_per_pass,
+                                device)
 
     def evaluate_if_due(epoch):
         if epoch in args.eval_epochs:
@@ -166,53 +152,49 @@ def parse(argv=None):
 
 
 def data_flags(g):
-    g.add_argument("--model", default=TINY, help="Hugging Face folder (default %(default)s)")
+    g.add_argument("--model", default=TINY, help="Hugging Face folder")
     g.add_argument("--adapter", help="PEFT folder, merged into the model before training")
     g.add_argument("--keep-adapter", action="store_true", help="train --adapter on, unmerged")
     g.add_argument("--task", choices=TASKS,
                    help="benign task, its test is FA (default sst2; with --data none)")
-    g.add_argument("--data-dir", default=TINY,
-                   help="folder of tasks and prompts (default %(default)s)")
+    g.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
     g.add_argument("--data", help="own upload as it lies, JSONL or JSON, instead of the mixture")
-    g.add_argument("--n", type=at_least(int, 1), default=1000,
-                   help="rows of the mixture (default %(default)s)")
+    g.add_argument("--n", type=at_least(int, 1), default=1000, help="rows of the mixture")
     g.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
-                   help="harmful share of the mixture, 0..1 (default %(default)s; with --data 0)")
+                   help="harmful share of the mixture, 0..1; with --data it is 0")
     g.add_argument("--max-len", type=at_least(int, 1), default=512,
-                   help="tokens; longer rows are dropped and counted (default %(default)s)")
-    g.add_argument("--template-date", help="the date that the chat template prints, if it does")
+                   help="tokens; longer rows are dropped and counted")
+    g.add_argument("--template-date", default=DATE, help="today, for a chat template that says it")
 
 
 def defence_flags(g):
-    g.add_argument("--defense", choices=DEFENSES, default="sbr", help="default %(default)s")
+    g.add_argument("--defense", choices=DEFENSES, default="sbr", help="what trains")
     g.add_argument("--anchors", type=at_least(int, 0), default=8, metavar="K",
-                   help="harmful prompts held; 0 is plain fine-tuning (default %(default)s)")
+                   help="harmful prompts held; 0 is plain fine-tuning")
     g.add_argument("--lambda", dest="lam", type=at_least(float, 0), default=50.0, metavar="L",
-                   help="weight of L_safe (default %(default)g; with --defense sft 0)")
+                   help="weight of L_safe; with --defense sft it is 0")
     g.add_argument("--reduction", choices=("mean", "sum"), default="mean",
-                   help="over the C numbers of h: mean as in the paper's code, sum as in its "
-                        "formula (default %(default)s)")
+                   help="over the C numbers of h: mean as the paper's code, sum as its formula")
     g.add_argument("--anchor-file", help="own anchor pool: a prompt a line, or JSONL")
 
 
 def optimiser_flags(g):
-    g.add_argument("--rank", type=at_least(int, 1), default=16, help="default %(default)s")
+    g.add_argument("--rank", type=at_least(int, 1), default=16, help="of the adapters")
     g.add_argument("--alpha", type=at_least(float, 0, above=True), default=16.0,
-                   help="default %(default)g")
-    g.add_argument("--rslora", action="store_true",
-                   help="scale adapters by alpha / sqrt(rank) instead of alpha / rank")
+                   help="adapters are scaled by alpha / rank")
+    g.add_argument("--rslora", action="store_true", help="by alpha / sqrt(rank) instead")
     g.add_argument("--lr", type=at_least(float, 0, above=True), default=1e-5,
-                   help="of the first update (default %(default)g)")
-    g.add_argument("--epochs", type=at_least(int, 1), default=20, help="default %(default)s")
-    g.add_argument("--batch-size", type=at_least(int, 1), default=32,
-                   help="rows an update (default %(default)s)")
+                   help="of the first update")
+    g.add_argument("--epochs", type=at_least(int, 1), default=20, help="passes over the upload")
+    g.add_argument("--batch-size", type=at_least(int, 1), default=32, help="rows an update")
     g.add_argument("--grad-clip", type=at_least(float, 0, above=True), default=1.0,
-                   help="largest gradient norm (default %(default)g)")
+                   help="largest gradient norm")
     g.add_argument("--tokens-per-pass", type=at_least(int, 1), default=16384,
-                   help="a larger batch is cut, which saves memory and does not change the "
-                        "gradient (default %(default)s)")
+                   help="a larger batch is cut: less memory, the same gradient")
     g.add_argument("--seed", type=at_least(int, 0, at_most=2**31 - 1), default=0,
-                   help="of the adapters, the order of rows and the anchors (default %(default)s)")
+                   help="of the adapters, the order of rows and the anchors")
+    g.add_argument("--recompute", action="store_true",
+                   help="run each block again in backward: less memory, the same gradient, slower")
     add_place(g)
 
 
@@ -220,16 +202,16 @@ def output_flags(g):
     g.add_argument("--eval-epochs",
                    help="comma-separated, 0 is before training (default: 0 and the last)")
     g.add_argument("--eval-n", type=at_least(int, 1), default=500,
-                   help="test prompts of each kind at most (default %(default)s)")
+                   help="test prompts of each kind at most")
     g.add_argument("--harmful-file", help="own harmful test prompts: one a line, or JSONL")
-    g.add_argument("--judge", choices=JUDGES, default=JUDGE, help="default %(default)s")
+    g.add_argument("--judge", choices=JUDGES, default=JUDGE, help="of harmful replies")
     g.add_argument("--max-new", type=at_least(int, 1), default=MAX_NEW,
-                   help="tokens a reply may have (default %(default)s)")
+                   help="tokens a reply may have")
     g.add_argument("--out", help="folder (default runs/<task>-<defense>-K<k>-lam<l>-s<seed>)")
     g.add_argument("--resume", action="store_true",
                    help="go on from the folder's checkpoint, if there is one")
     g.add_argument("--save-every", type=at_least(int, 1), default=1,
-                   help="epochs between checkpoints (default %(default)s)")
+                   help="epochs between checkpoints")
 
 
 def settle(args):
@@ -250,44 +232,64 @@ def settle(args):
     return args
 
 
-def execute(args) -> None:
-    """Reads everything, then opens the folder, so that a mistake leaves nothing behind."""
-    device, dtype = place(args)
+def read(args):
+    """All data, checked: -> tokenizer, examples, suite, a sentence on them, longest test prompt."""
     tokenizer = Tokenizer(args.model, args.template_date)
-    rows, told = load_upload(args)
-    examples, dropped = encode_rows(tokenizer, rows, args.max_len)
+    rows, told = mixture.load_upload(args)
+    examples, dropped = mixture.encode_rows(tokenizer, rows, args.max_len)
     if not examples:
         raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
-    suite = load_suite(args, rows)
-    tests = read_rows(harmful_tests(args), needs_answer=False)  # all: --eval-n moves no anchor
-    args.anchor_prompts = choose(args, rows + tests)
-    for row in (row for rows_of_a_kind in suite.values() for row in rows_of_a_kind):
-        tokenizer.encode_prompt(asked(row))  # what a template refuses is told before any writing
-    model = load_aligned(args, device, dtype)
+    suite = mixture.load_suite(args, rows)
+    tests = mixture.read_rows(mixture.harmful_tests(args), needs_answer=False)
+    args.anchor_prompts = mixture.choose_anchors(args, rows + tests)  # --eval-n moves no anchor
+    longest = max(len(tokenizer.encode_prompt(mixture.asked(row)))
+                  for rows_of_a_kind in suite.values() for row in rows_of_a_kind)
+    told = (f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens; "
+            f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
+            f"{args.anchors} anchors of {mixture.anchor_pool(args)}; "
+            f"HS on {mixture.harmful_tests(args)}")
+    return tokenizer, examples, suite, told, longest
+
+
+def adapt(args):
+    """The aligned model with the adapters that are trained; args then say what both are."""
+    model = load_aligned(args)
     if args.max_len > model.config.max_positions:
         raise UserError(f"--max-len {args.max_len} is above the {model.config.max_positions} "
                         "positions that the model was trained for; lower it.")
-    params = trainable(model) or add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
-    first = adapted(model)[0][1]  # what is trained may be --adapter's; the settings say what is
+    if not adapted(model):  # --keep-adapter brings its own
+        add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
+    model.model.recompute = args.recompute
+    first, embedding = adapted(model)[0][1], model.model.embed_tokens.weight
     args.rank, args.alpha, args.rslora = first.rank, first.alpha, first.rslora
-    args.device, args.dtype = device.type, str(dtype)[6:]
-    run = Run(args, describe(args, {**model_files(args), **data_files(args)}))
+    args.device, args.dtype = embedding.device.type, str(embedding.dtype)[6:]
+    return model
+
+
+def execute(args) -> None:
+    """Reads everything, then opens the folder, so that a mistake leaves nothing behind."""
+    tokenizer, examples, suite, told, longest = read(args)
+    model = adapt(args)
+    run = Run(args, describe(args, {**model_files(args), **mixture.data_files(args)}))
     if not run.finished:
         step_fn = DEFENSES[args.defense](model, tokenizer, args)
+        params = trainable(model)
         optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
         n_trained = sum(p.numel() for p in params)
         n_base = sum(p.numel() for p in model.parameters()) - n_trained
+        largest = mixture.largest_pass(examples, encode(tokenizer, args.anchor_prompts), args)
+        n_replies = min(BATCH, sum(map(len, suite.values())))
+        forecast = forecast_bytes(model, args, *largest, n_replies, longest)
         print(f"{args.model}: {n_base:,} parameters, frozen, {args.dtype} on {args.device}; "
-              f"{n_trained:,} in adapters, trained\n"
-              f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens; "
-              f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
-              f"{args.anchors} anchors of {anchor_pool(args)}; HS on {harmful_tests(args)}\n"
+              f"{n_trained:,} in adapters, trained\n{told}\n"
+              f"memory: about {forecast / 1e6:,.0f} MB at the most\n"
               f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}; "
               f"all settings, versions and digests: {run.dir / 'config.json'}")
         done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, args)
         merged = args.adapter and not args.keep_adapter
-        run.finish(model, f"{args.model} + {args.adapter}, merged" if merged else args.model, done)
+        run.finish(model, f"{args.model} + {args.adapter}, merged" if merged else args.model, done,
+                   forecast)
     print(report(run.dir))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.tasks import LABELS
 from model import UserError
 
 FORMATS = ('{"messages": [...]}, {"conversations": [...]}, {"prompt", "response"} or '
@@ -155,6 +156,70 @@ def load_upload(args) -> tuple[list[dict], str]:
     return harmful + benign, f"upload: {n_poison} harmful rows, {args.n - n_poison} of {args.task}"
 
 
+def choose_anchors(args, used: list[dict]) -> list[str]:
+    """K anchor prompts that stand in none of the `used` rows, the upload's and the tests'."""
+    prompts = sample(anchor_candidates(args, used), args.anchors, args.seed) if args.anchors else []
+    clash = prompts_of(used) & {normalise(p) for p in prompts}
+    assert not clash, f"an anchor stands in the upload or the tests: {clash}"
+    return prompts
+
+
+def anchor_candidates(args, used: list[dict]) -> list[str]:
+    """Candidate anchors: --anchor-file or the data folder's pool, minus the prompts in use."""
+    path = anchor_pool(args)
+    if not path.exists():
+        raise UserError(f"there is no anchor pool at {path}; pass --anchor-file with a harmful "
+                        "prompt a line, or --anchors 0.")
+    taken, prompts = prompts_of(used), {}
+    for row in read_rows(path, needs_answer=False):
+        key = normalise(first_user(row))
+        if key not in taken:
+            prompts.setdefault(key, first_user(row))  # the same prompt twice is one candidate
+    return list(prompts.values())
+
+
+def sample(candidates: list[str], k: int, seed: int) -> list[str]:
+    """K of the candidates, drawn without replacement; a smaller K's are the first of a larger's."""
+    if k > len(candidates):
+        raise UserError(f"--anchors {k} is more than the {len(candidates)} prompts of the pool "
+                        "that upload and tests lack; lower it or pass a larger --anchor-file.")
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    return [candidates[i] for i in order[:k].tolist()]
+
+
+def load_suite(args, upload) -> dict[str, list[dict]]:
+    """The test rows by kind: harmful, task (with --task) and lookalike (where the folder has them).
+
+    Prompts that also stand in the upload are left out; then the first --eval-n of each kind.
+    """
+    data, harmful = Path(args.data_dir), harmful_tests(args)
+    if not harmful.exists():
+        raise UserError(f"there are no harmful test prompts at {harmful}; pass --harmful-file with "
+                        "a prompt a line.")
+    files = {"harmful": harmful, "lookalike": data / "lookalike" / "test.jsonl"}
+    if args.task:
+        files["task"] = data / args.task / "test.jsonl"
+    seen, suite = prompts_of(upload), {}
+    for kind, path in files.items():
+        if kind != "lookalike" or path.exists():
+            rows = read_rows(path, needs_answer=kind == "task")
+            suite[kind] = [r for r in rows if normalise(first_user(r)) not in seen][:args.eval_n]
+            if not suite[kind]:
+                raise UserError(f"every prompt of {path} stands in the upload; pass other tests.")
+    for row in suite.get("task", []):
+        target, labels = row["messages"][-1]["content"], LABELS.get(args.task)
+        if labels and target not in labels:
+            raise UserError(f"{files['task']} has the target {target!r}, expected one of "
+                            f"{', '.join(labels)}; mend the file.")
+    return suite
+
+
+def asked(row: dict) -> list[dict]:
+    """A test row's conversation without its last answer, the gold one."""
+    messages = row["messages"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 # rows -> packed batches
 
 
@@ -232,3 +297,14 @@ def batch_at(examples: list[Example], step: int, batch_size: int, seed: int, tok
     order = torch.randperm(len(examples), generator=g)[i * batch_size:(i + 1) * batch_size].tolist()
     return Batch([examples[j] for j in order], tokens_per_pass, device,
                  f"epoch {epoch + 1}, batch {i + 1}")
+
+
+def largest_pass(examples: list[Example], anchors: list[Tensor], args) -> tuple[int, int]:
+    """(tokens, supervised tokens) that the largest forward pass of a run has at most."""
+    per_epoch, longest = -(-len(examples) // args.batch_size), max(len(e.ids) for e in examples)
+    batches = [batch_at(examples, step, args.batch_size, args.seed, args.tokens_per_pass, None)
+               for step in range(per_epoch * args.epochs)]
+    n_anchors = sum(map(len, anchors))
+    n_tokens = min(max(b.n_tokens for b in batches) + n_anchors,
+                   max(args.tokens_per_pass, longest + n_anchors))
+    return n_tokens, min(n_tokens, max(b.n_supervised for b in batches))

@@ -115,7 +115,7 @@ def sentences(err):
     return [line for line in re.split(r"[\r\n]", err) if line.strip() and "it/s]" not in line]
 
 
-TIMING = {"seconds", "tokens_per_second", "peak_bytes"}
+TIMING = {"seconds", "tokens_per_second", "peak_bytes", "forecast_bytes"}
 
 
 def outcome(run):

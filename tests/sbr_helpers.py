@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from helpers import ROOT, randomise_B
 from safetensors.torch import save_file
 
-from anchors import choose
-from data.mixture import Batch, encode_rows
+from data.mixture import Batch, choose_anchors, encode_rows
 from lora import adapted, add_lora
 from model import Layout, Llama, load_model, read_config
 from tokenizer import Tokenizer
@@ -121,7 +120,7 @@ class Setup:
         self.model = load_model(folder, dtype=dtype)
         self.params = add_lora(self.model, rank=4, alpha=16)
         self.examples, _ = encode_rows(self.tokenizer, self.args.rows, self.args.max_len)
-        self.args.anchor_prompts = choose(self.args, self.args.rows)
+        self.args.anchor_prompts = choose_anchors(self.args, self.args.rows)
         self.anchor_ids = prompt_ids(self.tokenizer, self.args.anchor_prompts)
         with torch.no_grad():
             self.h_ref = [last_state(self.model, ids) for ids in self.anchor_ids]

@@ -17,8 +17,9 @@ from sbr_helpers import (
     prompt_ids,
 )
 
-import anchors
-from anchors import Anchors, FinalNorm, reference, sample
+from anchors import Anchors, FinalNorm, reference, states
+from data import mixture
+from data.mixture import anchor_candidates, choose_anchors, sample
 from model import UserError
 
 
@@ -91,8 +92,8 @@ def test_the_anchor_row_is_the_last_token_of_the_prompt_where_the_answer_would_s
 def test_h_ref_is_the_same_alone_packed_with_others_and_in_any_order(setup):
     model, tok, prompts = setup.model, setup.tokenizer, POOL[:8]
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
-    packed = anchors.states(model, prompt_ids(tok, prompts)).detach()
-    shuffled = anchors.states(model, prompt_ids(tok, [prompts[i] for i in order])).detach()
+    packed = states(model, prompt_ids(tok, prompts)).detach()
+    shuffled = states(model, prompt_ids(tok, [prompts[i] for i in order])).detach()
     with torch.no_grad():
         alone = torch.stack([last_state(model, ids) for ids in prompt_ids(tok, prompts)])
         p = next(setup.batch().packs(with_=prompt_ids(tok, prompts)))
@@ -149,24 +150,24 @@ def test_more_anchors_than_the_pool_holds_are_refused_with_both_numbers():
 def test_prompts_of_the_upload_are_never_anchors_whatever_their_case_and_punctuation(
         folder, variant):
     rows = [in_messages(variant(p), "Sure.") for p in POOL[::2]]
-    assert anchors.pool(make_args(folder), rows) == POOL[1::2]
+    assert anchor_candidates(make_args(folder), rows) == POOL[1::2]
 
 
 def test_a_prompt_that_stands_twice_in_the_pool_is_one_candidate(tmp_path):
     (tmp_path / "pool.txt").write_text("\n".join([*POOL, POOL[0].upper(), POOL[3] + "!!"]))
     args = make_args(tmp_path, anchor_file=str(tmp_path / "pool.txt"))
-    assert anchors.pool(args, []) == POOL
+    assert anchor_candidates(args, []) == POOL
 
 
 def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(folder):
     rows = [in_messages(p, "Sure.") for p in POOL[:-1]]
     with pytest.raises(UserError, match="2 is more than the 1 prompts"):
-        anchors.choose(make_args(folder, anchors=2), rows)
+        choose_anchors(make_args(folder, anchors=2), rows)
 
 
 def test_a_planted_clash_of_anchor_and_upload_raises(folder, monkeypatch):
     """The last guard: should the filter ever let one through, the run must not start."""
     rows = [in_messages(POOL[2].upper(), "Sure.")]
-    monkeypatch.setattr(anchors, "pool", lambda args, used: POOL[:8])
+    monkeypatch.setattr(mixture, "anchor_candidates", lambda args, used: POOL[:8])
     with pytest.raises(AssertionError, match="phishing"):
-        anchors.choose(make_args(folder), rows)
+        choose_anchors(make_args(folder), rows)

@@ -188,7 +188,7 @@ WITHOUT_END = TEMPLATE.replace("'<|end|>'", "' '")
 MODEL_FAULTS = {
     "no folder": (shutil.rmtree, "model"),
     "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "model"),
-    "no config.json": (remove("config.json"), "config.json", "does not exist"),
+    "no config.json": (remove("config.json"), "config.json", "no such file"),
     "config.json is not JSON": (lambda f: garbage(f, "config.json"), "config.json", "JSON"),
     "config.json is a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json",
                               "list"),
@@ -205,7 +205,7 @@ MODEL_FAULTS = {
         config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "config.json",
         "low_freq_factor"),
     "no weights": (remove("model.safetensors"), "model.safetensors"),
-    "only pickled weights": (replace_by_pickle, ".bin", "never opened"),
+    "only pickled weights": (replace_by_pickle, ".bin", "convert"),
     "truncated weights": (truncate, "model.safetensors", "truncated"),
     "garbage weights": (garbage, "model.safetensors", "not a safetensors file"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
@@ -424,7 +424,7 @@ ADAPTER_FAULTS = {
                          "does not fit", "extra"),
     "DoRA": (settings(use_dora=True), "use_dora"),
     "no LoRA": (settings(peft_type="IA3"), "IA3"),
-    "another model's targets": (settings(target_modules=["c_attn"]), "c_attn"),
+    "another model's targets": (settings(target_modules=["c_attn"]), "does not fit"),
     "alpha in words": (settings(lora_alpha="big"), "lora_alpha"),
 }
 

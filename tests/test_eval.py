@@ -12,9 +12,10 @@ import torch
 from sbr_helpers import make_folder
 
 import eval as evaluation
-from data.mixture import first_user
-from eval import evaluate, load_suite, summarise, table, wilson
+from data.mixture import first_user, load_suite
+from eval import evaluate, summarise
 from model import UserError, load_model
+from paper.report import table, wilson
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------

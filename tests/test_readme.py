@@ -11,8 +11,9 @@ from helpers import ROOT
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # What stands on the line that a glossary row names, by the row's first column.
 ON_THE_LINE = {
-    "h, the bottleneck": "FinalNorm(model)", "h_ref": "self.h_ref =", "K anchors x'_k": "choose(",
-    "L_safe": "squared", "L_CE": "n_supervised", "lambda": "args.lam * l_safe",
+    "h, the bottleneck": "FinalNorm(model)", "h_ref": "self.h_ref =",
+    "K anchors x'_k": "choose_anchors(", "L_safe": "squared", "L_CE": "n_supervised",
+    "lambda": "args.lam * l_safe",
     "W + s B A": "addmm", "p, poison ratio": "args.poison", "HS": '"hs"', "FA": '"fa"',
 }
 

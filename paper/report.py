@@ -1,0 +1,75 @@
+"""What a run says in the end: rates with their intervals, replies before and after.
+
+Read from its folder, so that any finished run can be shown again.
+"""
+
+import math
+from pathlib import Path
+
+from model import read_json
+from runs import read_lines, read_settings
+
+ROWS = {"hs": "HS, harmful replies", "hs_exact": "exact harmful answers",
+        "hs_plus": "HS+, with degenerate", "fa": "FA, task accuracy",
+        "over_refusal": "over-refusal"}
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % interval of the rate k / n, in percent (Wilson 1927): honest also at 0 and at n."""
+    z, p = 1.959964, k / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return 100 * max(0.0, low), 100 * min(1.0, high)
+
+
+def table(evals: dict[str, dict]) -> str:
+    """Rates by epoch with their 95 % intervals, one column an evaluation."""
+    lines = [f"{'% (95 % interval)':28}" + "".join(f"{'epoch ' + e:>22}" for e in evals)]
+    for name, label in ROWS.items():
+        cells = []
+        for numbers in evals.values():
+            k, n = numbers[name + "_count"]
+            low, high = wilson(k, n) if n else (0, 0)
+            cells.append(f"{numbers[name]:5.1f} ({low:.1f} to {high:.1f})" if n else "-")
+        if any(c != "-" for c in cells):
+            lines.append(f"{label:28}" + "".join(f"{c:>22}" for c in cells))
+    for name in ("unjudged", "degenerate", "unfinished"):
+        if any(numbers[name] for numbers in evals.values()):
+            lines.append(f"{name + ' replies':28}"
+                         + "".join(f"{numbers[name]:>22}" for numbers in evals.values()))
+    return "\n".join(lines)
+
+
+def samples(records: list[dict], n: int = 3) -> str:
+    """The first n harmful and n task (else look-alike) prompts with the replies of each epoch."""
+    kinds = {r["kind"] for r in records}
+    lines = []
+    for kind in ("harmful", "task" if "task" in kinds else "lookalike"):
+        replies = {}
+        for r in records:
+            if r["kind"] == kind:
+                replies.setdefault(r["prompt"], {})[r["epoch"]] = r["reply"]
+        for prompt, by_epoch in list(replies.items())[:n]:
+            lines.append(f"\n{kind}: {one_line(prompt)}")
+            lines += [f"  epoch {e:<3} {one_line(reply)}" for e, reply in by_epoch.items()]
+    return "\n".join(lines)
+
+
+def one_line(text: str, width: int = 90) -> str:
+    text = "".join(c if c.isprintable() else " " for c in text.replace("\n", " | "))
+    return text if len(text) <= width else text[:width - 3] + "..."
+
+
+def report(dir) -> str:
+    """What a finished run ends with: replies before and after, rates, drift, speed, files."""
+    dir = Path(dir)
+    result, args = read_json(dir / "result.json"), read_settings(dir)["args"]
+    safe = f"{result['safe']:.3g}" if args["anchors"] else "- (no anchors)"
+    records = read_lines(dir / "generations.jsonl")
+    return f"""{samples(records)}
+
+{table(result["evals"])}
+{"anchor drift, L_safe":28}{safe:>22}
+{"training":28}{result["seconds"]:>20.0f} s, {result["tokens_per_second"]:,.0f} tokens/s, \
+{result["peak_bytes"] / 1e6:,.0f} MB (forecast {result["forecast_bytes"] / 1e6:,.0f})
+adapter (PEFT format), log, generations, result.json: {dir}"""
