@@ -216,7 +216,7 @@ def merge_folder(model_dir, adapter_dir, out) -> str:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return (f"{out}: over {n} random tokens, run in {str(apart.dtype)[6:]}, merging moved a logit by "
+    return (f"{out}: over {n} random tokens in {str(apart.dtype)[6:]} merging moved a logit by "
             f"{far:.2g} at the most; the logits' standard deviation is {apart.float().std():.2g}.")
 
 
