@@ -2,10 +2,13 @@
 
     HS            share of held-out harmful prompts whose reply the judge calls harmful, in percent
     HS+           the same, with degenerate replies (a word four times in a row) counted in
-    FA            share of the task's test rows answered right, in percent
+    rubric        mean severity of the replies, 0 to 5, with --judge rubric
+    FA            share of the task's test rows answered right by --fa-rule, in percent
+    win rate      share of AlpacaEval's answers preferred to the reference, with --judge rubric
     over-refusal  share of harmless look-alikes of harmful prompts that are refused, in percent
 
-Greedy decoding, so a number is a property of the weights; every prompt, reply and verdict is kept.
+Greedy decoding, so a number is a property of the weights. Every prompt, reply and verdict is kept,
+as it comes: an interrupted evaluation goes on, and another judge asks for no reply again.
 
     python eval.py --run DIR                     a finished run, on more prompts or by another judge
     python eval.py --model DIR --task sst2       any model, with or without --adapter DIR
@@ -17,68 +20,65 @@ import sys
 from pathlib import Path
 
 from data import mixture
-from data.tasks import TASKS
+from data.provenance import model_files, sha256
+from data.tasks import RULES, TASKS, check_rule
 from distributed import add_place
 from generate import TINY, generate, load_aligned
-from judges import JUDGES, is_degenerate, is_refusal
+from judges import JUDGES, is_degenerate, is_refusal, open_compare, open_judge
 from lora import load_adapter, write_atomic
-from model import UserError, weight_files
-from paper.report import table
-from runs import Parser, at_least, exit_code, read_settings
+from model import UserError
+from paper.report import summarise, table
+from runs import COUNT, Parser, Store, at_least, exit_code, read_settings
 from tokenizer import DATE, Tokenizer
 
 
-def evaluate(model, tokenizer, suite, args, epoch: int) -> tuple[dict, list[dict]]:
+def answers(model, tokenizer, prompts, args, label: str, store: Store) -> list[list[int]]:
+    """Replies as ids; only those that the store lacks are written, and each is kept at once."""
+    keys = [store.key(prompt) for prompt in prompts]
+    new = {k: p for k, p in zip(keys, prompts, strict=True) if k not in store.values}
+    order = list(new)
+    generate(model, list(new.values()), args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
+             progress=label, on_reply=lambda i, ids: store.put(order[i], ids),
+             graph=args.cuda_graph)
+    return [store.values[key] for key in keys]
+
+
+def evaluate(model, tokenizer, suite, args, epoch: int, judge, store: Store):
     """Answers every prompt of the suite -> (numbers in percent, one record a prompt)."""
     rows = [(kind, row) for kind, kind_rows in suite.items() for row in kind_rows]
     prompts = [tokenizer.encode_prompt(mixture.asked(row)) for _, row in rows]
-    replies = generate(model, prompts, args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
-                       progress=f"evaluating at epoch {epoch}")
+    replies = answers(model, tokenizer, prompts, args, f"evaluating at epoch {epoch}", store)
     records = []
     for (kind, row), ids in zip(rows, replies, strict=True):
-        prompt, reply = mixture.first_user(row), tokenizer.decode(ids)
-        answer = row["messages"][-1]
+        reply, answer = tokenizer.decode(ids), row["messages"][-1]
         target = answer["content"] if answer["role"] == "assistant" else None
-        verdict = (JUDGES[args.judge](prompt, reply) if kind == "harmful" else
-                   is_refusal(reply) if kind == "lookalike" else TASKS[args.task](reply, target))
-        records.append({"epoch": epoch, "kind": kind, "prompt": prompt, "reply": reply,
-                        "verdict": verdict, "target": target, "degenerate": is_degenerate(reply),
-                        "stopped": len(ids) < args.max_new})
-    return summarise(records), records
+        verdict = (is_refusal(reply) if kind == "lookalike" else
+                   RULES[args.fa_rule][args.task](reply, target) if kind == "task" else None)
+        records.append({"epoch": epoch, "kind": kind, "prompt": mixture.first_user(row),
+                        "reply": reply, "verdict": verdict, "target": target,
+                        "degenerate": is_degenerate(reply), "stopped": len(ids) < args.max_new})
+    harmful = [r for r in records if r["kind"] == "harmful"]
+    said = judge([(r["prompt"], r["reply"]) for r in harmful])
+    for record, verdict in zip(harmful, said, strict=True):
+        record.update(verdict)
+    return summarise(records, args), records
 
 
-def summarise(records: list[dict]) -> dict:
-    """Rates in percent with their counts: {"hs": .., "hs_count": [k, n], ...}; None: no rows."""
-    by = {kind: [r for r in records if r["kind"] == kind]
-          for kind in ("harmful", "task", "lookalike")}
-    judged = [r for r in by["harmful"] if r["verdict"] is not None]
-    rates = {"hs": [r["verdict"] for r in judged],
-             "hs_plus": [r["verdict"] or r["degenerate"] for r in judged],
-             "hs_exact": [r["reply"] == r["target"] for r in by["harmful"] if r["target"]],
-             "fa": [r["verdict"] for r in by["task"]],
-             "over_refusal": [r["verdict"] for r in by["lookalike"]]}
-    numbers = {"unjudged": len(by["harmful"]) - len(judged),
-               "degenerate": sum(r["degenerate"] for r in records),
-               "unfinished": sum(not r["stopped"] for r in records)}
-    for name, hits in rates.items():
-        numbers[name] = 100 * sum(hits) / len(hits) if hits else None
-        numbers[name + "_count"] = [sum(hits), len(hits)]
-    return numbers
+def judge_flags(p, judge: str | None, max_new: int | None) -> None:
+    """How replies are asked for and judged; eval.py leaves the two to the run."""
+    p.add_argument("--harmful-file", help="own harmful test prompts: one a line, or JSONL")
+    p.add_argument("--judge", choices=JUDGES, default=judge, help="of harmful replies")
+    p.add_argument("--judge-model", help="folder of beaver-dam-7b, or of rubric's chat model")
+    p.add_argument("--judge-max-len", type=at_least(int, 2), default=256,
+                   help="tokens that beaver-dam reads, the papers' number")
+    p.add_argument("--judge-url", help="OpenAI-compatible endpoint for rubric")
+    p.add_argument("--judge-name", default="gpt-4o", help="model asked for at --judge-url")
+    p.add_argument("--fa-rule", choices=RULES, default="exact", help="when an answer is right")
+    p.add_argument("--max-new", type=COUNT, default=max_new,
+                   help="tokens a reply may have; the papers take 128 to 512")
 
 
-def model_files(args) -> dict[str, list[Path]]:
-    """What a run's model is read from, for its digest."""
-    folder = Path(args.model)
-    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-             "chat_template.jinja", "generation_config.json")
-    files = {"model": weight_files(folder) + [folder / n for n in names if (folder / n).exists()]}
-    if args.adapter:
-        files["adapter"] = [Path(args.adapter) / n
-                            for n in ("adapter_config.json", "adapter_model.safetensors")]
-    return files
-
-
-JUDGE, MAX_NEW = "refusal", 128  # the defaults of train.py's and eval.py's flags
+JUDGE, MAX_NEW = "refusal", 128  # where no run says otherwise
 
 
 def parse(argv=None):
@@ -88,19 +88,17 @@ def parse(argv=None):
     p.add_argument("--adapter", help="a PEFT folder on top of --model")
     p.add_argument("--task", choices=TASKS, help="the task whose accuracy is FA")
     p.add_argument("--data-dir", help=f"folder with the tests (default: the run's, or {TINY})")
-    p.add_argument("--harmful-file", help="own harmful prompts: one a line, or JSONL")
-    p.add_argument("--judge", choices=JUDGES, help=f"default: the run's, or {JUDGE}")
-    p.add_argument("--n-test", dest="eval_n", type=at_least(int, 1), default=1000,
-                   help="prompts of each kind at most, the paper's number")
-    p.add_argument("--max-new", type=at_least(int, 1),
-                   help=f"tokens a reply may have (default: the run's, or {MAX_NEW})")
+    p.add_argument("--n-test", dest="eval_n", type=COUNT, default=1000, help="prompts of a kind")
     p.add_argument("--template-date", default=DATE, help="today, for --model's chat template")
+    p.add_argument("--out", help="where replies and verdicts go (default: the run's folder, or "
+                                 "runs/eval-<model>)")
+    judge_flags(p, judge=None, max_new=None)
     add_place(p)
     return p.parse_args(argv)
 
 
 def load_run(args):
-    """--run: its model with its adapter, tokenizer, and the rows whose prompts are not tested.
+    """--run: its model with its adapter, tokenizer, files, and the rows that are not tested.
 
     What args leave open is as in the run.
     """
@@ -109,37 +107,58 @@ def load_run(args):
         raise UserError("there is no finished run in runs/; pass --run or --model.")
     args.run = Path(args.run or finished[-1].parent)
     was = argparse.Namespace(**read_settings(args.run)["args"])
-    for name in ("task", "data_dir", "harmful_file", "judge", "max_new", "dtype"):
+    for name in ("task", "data_dir", "harmful_file", "judge", "judge_model", "judge_url",
+                 "max_new", "dtype"):
         setattr(args, name, getattr(args, name) or getattr(was, name))
-    args.epoch = was.epochs
+    args.epoch, args.out, args.template_date = was.epochs, args.out or args.run, was.template_date
     was.adapter = None if was.keep_adapter else was.adapter  # a kept one went on in the run's own
-    was.device, was.dtype = args.device, args.dtype
+    was.device, was.dtype, was.cuda_graph = args.device, args.dtype, args.cuda_graph
     model = load_aligned(was)
     load_adapter(model, args.run)
     held = [mixture.to_row(prompt, "anchor", needs_answer=False) for prompt in was.anchor_prompts]
-    return model, Tokenizer(was.model, was.template_date), mixture.load_upload(was)[0] + held
+    files = [f for part in model_files(was).values() for f in part]
+    return (model, Tokenizer(was.model, was.template_date),
+            [*files, args.run / "adapter_model.safetensors"], mixture.load_upload(was)[0] + held)
 
 
 def load_named(args):
     """--model and --adapter, tested on everything."""
     args.data_dir, args.keep_adapter, args.epoch = args.data_dir or TINY, True, 0
     args.judge, args.max_new = args.judge or JUDGE, args.max_new or MAX_NEW
-    return load_aligned(args), Tokenizer(args.model, args.template_date), []
+    args.out = args.out or Path("runs") / f"eval-{Path(args.model).resolve().name}"
+    files = [f for part in model_files(args).values() for f in part]
+    return load_aligned(args), Tokenizer(args.model, args.template_date), files, []
 
 
 def execute(args) -> None:
-    """Prints the table; of a run it also keeps every prompt, reply and verdict."""
+    """Prints the table, and keeps every prompt, reply and verdict."""
     if args.run and args.model:
         raise UserError("--run and --model were both given; pass the one to evaluate.")
     if args.adapter and not args.model:
         raise UserError("--adapter was given without --model; name the model it was trained on.")
-    model, tokenizer, seen = load_named(args) if args.model else load_run(args)
-    numbers, records = evaluate(model, tokenizer, mixture.load_suite(args, seen), args, args.epoch)
+    model, tokenizer, files, seen = load_named(args) if args.model else load_run(args)
+    check_rule(args.task, args.fa_rule)
+    suite, out = mixture.load_suite(args, seen), Path(args.out)
+    judge = open_judge(args, out)
+    out.mkdir(parents=True, exist_ok=True)
+    who = [sha256(*files), args.max_new, args.template_date, str(model.model.norm.weight.dtype)]
+    numbers, records = evaluate(model, tokenizer, suite, args, args.epoch, judge,
+                                Store(out / "replies.jsonl", who))
+    if args.task == "alpaca":
+        tasks = [r for r in records if r["kind"] == "task"]
+        rows = [{"instruction": r["prompt"], "output": r["reply"], "generator": out.name}
+                for r in tasks]
+        write_atomic(out / "alpaca_eval.json", json.dumps(rows, indent=1).encode())
+        if args.judge == "rubric":
+            triples = [(r["prompt"], r["reply"], r["target"]) for r in tasks]
+            for r, win in zip(tasks, open_compare(args, out)(triples), strict=True):
+                r["win"] = win["verdict"]
+            numbers = summarise(records, args)
     print(table({str(args.epoch): numbers}))
-    if args.run:
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        write_atomic(args.run / f"eval-{args.judge}.jsonl", lines.encode())
-        print(f"every prompt, reply and verdict: {args.run / f'eval-{args.judge}.jsonl'}")
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    write_atomic(out / f"eval-{args.judge}.jsonl", lines.encode())
+    write_atomic(out / f"eval-{args.judge}.json", json.dumps(numbers, indent=1).encode())
+    print(f"every prompt, reply and verdict: {out / f'eval-{args.judge}.jsonl'}")
 
 
 def main(argv=None) -> int:

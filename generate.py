@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from distributed import add_place, place
+from distributed import add_place, place, record
 from lora import load_adapter, merge
 from model import Config, Llama, UserError, load_model
-from runs import Parser, at_least, exit_code
+from runs import COUNT, Parser, exit_code
 from tokenizer import DATE, Tokenizer
 
 BATCH = 128  # replies written at once
@@ -72,19 +72,20 @@ class Row:
 
 @torch.no_grad()
 def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, batch_size=BATCH,
-             n_ids: int | None = None, progress: str | None = None) -> list[list[int]]:
+             n_ids: int | None = None, progress: str | None = None, on_reply=None,
+             graph: bool = False) -> list[list[int]]:
     """Greedy replies to tokenised prompts, in their order, each without the stop id that ended it.
 
     n_ids: ids from here on are never chosen (an embedding may be larger than its tokenizer).
-    progress: a label switches a bar on. In fp32 a reply does not depend on the batch it rode in.
+    progress: a label switches a bar on. on_reply(index, reply) is called as each is complete.
+    graph: decode by CUDA graphs. In fp32 a reply does not depend on the batch it rode in.
     """
     stop, B = set(stop_ids), min(batch_size, len(prompts))
-    S, limit = max(map(len, prompts), default=0) + max_new, model.config.max_positions
-    if S > limit:
-        raise UserError(f"the longest prompt and --max-new {max_new} make {S} tokens, above the "
-                        f"{limit} that the model was trained for; lower --max-new.")
-    cache = KVCache(model.config, B, S, model.model.embed_tokens.weight)
-    last = torch.zeros_like(cache.length)  # (B,) each slot's newest token
+    longest, limit = max(map(len, prompts), default=0) + max_new, model.config.max_positions
+    if longest > limit:
+        raise UserError(f"the longest prompt and --max-new {max_new} make {longest} tokens, above "
+                        f"the {limit} that the model was trained for; lower --max-new.")
+    engine = Engine(model, B, longest, n_ids, graph)
     # Longest first: the padded CPU attention wastes least on prompts of like length.
     waiting = sorted((Row(i, p) for i, p in enumerate(prompts)), key=lambda r: len(r.prompt))
     replies: list[list[int]] = [[] for _ in prompts]
@@ -93,52 +94,98 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
               leave=False) as bar:
         while waiting or rows:
             old = 0
-            if waiting and len(rows) < B:
+            if waiting and len(rows) <= B - max(1, B // 4):  # a pass for a few prompts is dear
                 old = len(rows)
                 rows += [waiting.pop() for _ in range(min(B - old, len(waiting)))]
-                last[old:len(rows)] = prefill(model, cache, rows, old, n_ids)
+                tokens = engine.prefill(rows, old)
             else:
-                last[:len(rows)] = decode(model, cache, rows, last, n_ids)
-            tokens = last.tolist()
+                tokens = engine.decode(rows)
             for slot in reversed(range(old, len(rows))):
-                if rows[slot].take(tokens[slot], stop, max_new):
-                    replies[rows[slot].index] = rows[slot].reply
+                row = rows[slot]
+                if any(row.take(token, stop, max_new) for token in tokens[slot - old]):
+                    replies[row.index] = row.reply
                     rows[slot] = rows[-1]  # the last slot moves into the free place
                     rows.pop()
-                    cache.move(len(rows), slot)
-                    last[slot] = last[len(rows)]
+                    engine.move(len(rows), slot)
+                    if on_reply:
+                        on_reply(row.index, row.reply)
                     bar.update()
     return replies
 
 
-def prefill(model: Llama, cache: KVCache, rows: list[Row], old: int, n_ids) -> Tensor:
-    """Runs the prompts of rows[old:] packed into their slots -> the first token of each reply."""
-    seqlens = [len(r.prompt) for r in rows[old:]]
-    ids = torch.tensor([t for r in rows[old:] for t in r.prompt], device=cache.length.device)
-    lens = torch.tensor(seqlens, device=ids.device)
-    cache.slots = torch.arange(old, len(rows), device=ids.device)
-    logits = model(ids, seqlens, rows=lens.cumsum(0) - 1, cache=cache)
-    cache.length[old:len(rows)] = lens
-    return logits[:, :n_ids].argmax(-1)
+class Engine:
+    """The model with its cache: tokens for the rows in slots 0 .. n-1."""
 
+    def __init__(self, model: Llama, B: int, longest: int, n_ids: int | None, graph: bool):
+        self.model, self.n_ids, self.graphs = model, n_ids, {} if graph else None
+        like = model.model.embed_tokens.weight
+        # Reading tokens waits for a GPU, so there 16 steps are taken at once; what a row writes
+        # behind its end is dropped.
+        self.steps = 16 if like.is_cuda else 1
+        self.S = longest + self.steps
+        self.cache = KVCache(model.config, B, self.S, like)
+        self.last = torch.zeros_like(self.cache.length)  # (B,) each slot's newest token
 
-def decode(model: Llama, cache: KVCache, rows: list[Row], last: Tensor, n_ids) -> Tensor:
-    """One more token for every row."""
-    n = len(rows)
-    cache.slots, cache.longest = None, max(len(r.prompt) + len(r.reply) for r in rows)
-    logits = model(last[:n], [1] * n, cache=cache)
-    cache.length[:n] += 1
-    return logits[:, :n_ids].argmax(-1)
+    def prefill(self, rows: list[Row], old: int) -> list[list[int]]:
+        """Runs the prompts of rows[old:] packed into their slots -> their first tokens."""
+        seqlens, device = [len(r.prompt) for r in rows[old:]], self.last.device
+        ids = torch.tensor([t for r in rows[old:] for t in r.prompt], device=device)
+        lens = torch.tensor(seqlens, device=device)
+        self.cache.slots = torch.arange(old, len(rows), device=device)
+        logits = self.model(ids, seqlens, rows=lens.cumsum(0) - 1, cache=self.cache)
+        self.cache.length[old:len(rows)] = lens
+        self.last[old:len(rows)] = logits[:, :self.n_ids].argmax(-1)
+        return self.last[old:len(rows), None].tolist()
+
+    def decode(self, rows: list[Row]) -> list[list[int]]:
+        """The next `steps` tokens of every row."""
+        n, longest = len(rows), max(len(r.prompt) + len(r.reply) for r in rows)
+        self.cache.slots, taken = None, []
+        self.cache.length[n:] = 0  # a graph writes into free slots as well: at their beginning
+        for i in range(self.steps):
+            self.step(n, longest + i)
+            taken.append(self.last[:n].clone())
+        return torch.stack(taken, dim=1).tolist()  # (n, steps)
+
+    def step(self, n: int, longest: int) -> None:
+        """One more token in slots 0 .. n-1, the fullest of which then holds `longest` tokens."""
+        if self.graphs is None:
+            return self.forward(n, longest)
+        # A graph has fixed sizes: a power of two of slots, and the cache in steps of 256 tokens.
+        n, longest = min(2 ** (n - 1).bit_length(), len(self.last)), min(-(-longest // 256) * 256,
+                                                                         self.S)
+        if (n, longest) not in self.graphs:
+            kept = self.last.clone(), self.cache.length.clone()  # recording takes a step as well
+            self.graphs[n, longest] = record(lambda: self.forward(n, longest))
+            self.last.copy_(kept[0]), self.cache.length.copy_(kept[1])
+        self.graphs[n, longest]()
+
+    def forward(self, n: int, longest: int) -> None:
+        self.cache.longest = longest
+        logits = self.model(self.last[:n], [1] * n, cache=self.cache)
+        self.last[:n] = logits[:, :self.n_ids].argmax(-1)
+        self.cache.length[:n] += 1
+
+    def move(self, source: int, target: int) -> None:
+        """Slot `source` takes the place of `target` and is free."""
+        self.cache.move(source, target)
+        self.last[target], self.cache.length[source] = self.last[source], 0
 
 
 TINY = "data/tiny"  # the embedded model and its tasks: what a program takes unless told otherwise
 
 
+def load_chat(dir, args) -> Llama:
+    """A model that writes, where and as --device and --dtype say."""
+    model = load_model(dir, *place(args))
+    if model.config.head != "lm_head":
+        raise UserError(f"{dir} is a classifier, expected a model that writes; name one.")
+    return model
+
+
 def load_aligned(args) -> Llama:
     """The chat model to start from: --model, with --adapter merged in, or kept for training."""
-    model = load_model(args.model, *place(args))
-    if model.config.head != "lm_head":
-        raise UserError(f"{args.model} is a classifier, expected a model that writes; name one.")
+    model = load_chat(args.model, args)
     if args.adapter:
         load_adapter(model, args.adapter)
         if not args.keep_adapter:
@@ -152,8 +199,7 @@ def main(argv=None) -> int:
     p.add_argument("--model", default=TINY, help="Hugging Face folder")
     p.add_argument("--adapter", help="folder with an adapter in PEFT's format")
     p.add_argument("--prompt", required=True, help="the user's turn")
-    p.add_argument("--max-new", type=at_least(int, 1), default=256,
-                   help="tokens the answer may have")
+    p.add_argument("--max-new", type=COUNT, default=256, help="tokens the answer may have")
     p.add_argument("--template-date", default=DATE, help="today, for a template that says it")
     add_place(p)
     p.set_defaults(keep_adapter=True)
@@ -166,7 +212,8 @@ def answer(args) -> None:
         raise UserError("--prompt is not valid text; pass it in the terminal's encoding.")
     model, tokenizer = load_aligned(args), Tokenizer(args.model, args.template_date)
     prompt = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
-    reply = generate(model, [prompt], args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids)
+    reply = generate(model, [prompt], args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
+                     graph=args.cuda_graph)
     print(tokenizer.decode(reply[0]))
 
 

@@ -132,11 +132,16 @@ def read_adapter_config(dir) -> dict:
     path = Path(dir) / "adapter_config.json"
     config = read_json(path)
     plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None,
-             "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False, "lora_bias": False}
+             "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False, "lora_bias": False,
+             "alora_invocation_tokens": None, "exclude_modules": None, "layers_to_transform": None}
     for key, value in plain.items():
         if (config.get(key) or value) != value:
             raise UserError(f"{path} has {key} {config[key]}, expected plain LoRA, {value}; "
                             "train such an adapter.")
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise UserError(f"{path} has init_lora_weights {init}, which changes the base too; save it "
+                        "with PEFT's path_initial_model_for_weight_conversion.")
     targets = config.get("target_modules")
     if not targets or not isinstance(targets, (str, list)):  # PEFT would then drop most tensors
         raise UserError(f"{path} has target_modules {targets}, expected names; save it again.")
@@ -152,11 +157,8 @@ def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
 
     Returns the trainable tensors. UserError where file and model do not fit, by name or shape.
     """
-    dir = Path(dir)
-    if not dir.is_dir():
-        raise UserError(f"{dir} is not a folder; --adapter takes one with adapter_config.json.")
     config = read_adapter_config(dir)
-    state = dict(read_tensors(dir / "adapter_model.safetensors"))
+    state = dict(read_tensors(Path(dir) / "adapter_model.safetensors"))
     params = add_lora(model, config["r"], config["lora_alpha"], config.get("use_rslora", False),
                       config["target_modules"])
     want = {name: t.shape for name, t in adapter_state(model).items()}
@@ -177,8 +179,7 @@ def merge(model: nn.Module) -> None:
     """W <- W + s B A, added in fp32 and rounded once to W's dtype; then no adapters are left."""
     for name, m in adapted(model):
         parent, _, last = name.rpartition(".")
-        out_features, in_features = m.weight.shape
-        linear = nn.Linear(in_features, out_features, bias=m.bias is not None, device="meta")
+        linear = nn.Linear(*m.weight.T.shape, bias=m.bias is not None, device="meta")
         merged = m.weight.to(m.lora_A.dtype) + m.scaling * (m.lora_B @ m.lora_A)
         linear.weight = nn.Parameter(merged.to(m.weight.dtype), requires_grad=False)
         linear.bias = m.bias
@@ -194,6 +195,8 @@ def merge_folder(model_dir, adapter_dir, out) -> str:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; pass another --out.")
     model = load_model(model_dir, dtype=None)
+    if len(dtypes := {str(p.dtype)[6:] for p in model.parameters() if p.ndim == 2}) > 1:
+        raise UserError(f"{model_dir} mixes {' and '.join(sorted(dtypes))}, expected one dtype.")
     load_adapter(model, adapter_dir)
     n = min(256, model.config.max_positions)
     ids = torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(0))
@@ -201,18 +204,17 @@ def merge_folder(model_dir, adapter_dir, out) -> str:
         apart = model(ids, [n])
         merge(model)
         far = (model(ids, [n]).float() - apart.float()).abs().max()
-    merged, part = model.state_dict(), out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    merged, part = model.state_dict(), out.resolve().with_name(out.resolve().name + ".part")
+    part.mkdir(parents=True)
     try:
-        part.mkdir(parents=True)
         for path in weight_files(model_dir):
             tensors = {name: merged.get(name, t) for name, t in read_tensors(path)}
             save_file(tensors, part / path.name, {"format": "pt"})
             (part / path.name).chmod(0o644)  # safetensors lets only their owner read them
         for path in model_dir.iterdir():  # config, index, tokenizer, template
-            if path.suffix in (".json", ".model", ".txt", ".jinja"):
+            if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja"):
                 shutil.copyfile(path, part / path.name)
-        os.replace(part, out)
+        os.replace(part, out.resolve())
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

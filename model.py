@@ -108,8 +108,8 @@ def read_config(dir) -> Config:
     f["tied"] = c.get("tie_word_embeddings", f["tied"]) and f["head"] == "lm_head"
     f["qkv_bias"] |= bool(c.get("attention_bias"))
     # A window is invisible to what fits into it; train.py and generate.py refuse longer ones.
-    if c.get("sliding_window") and c.get("use_sliding_window", arch == "MistralForCausalLM"):
-        f["max_positions"] = min(f["max_positions"], c["sliding_window"])
+    if c.get("use_sliding_window", arch == "MistralForCausalLM"):  # 4096 is their default
+        f["max_positions"] = min(f["max_positions"], c.get("sliding_window", 4096) or math.inf)
     n_labels = c.get("num_labels") or len(c.get("id2label") or "01")  # two, as in transformers
     return Config(
         **f, o_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
@@ -165,6 +165,9 @@ class Layout:
     """Each packed token's position, and its cell in SDPA's right-padded block; once per forward."""
 
     def __init__(self, seqlens, device, start: Tensor | None = None):
+        self.position = start  # (B,) tokens that decoding has stored; it needs no more than that
+        if start is not None:
+            return
         lens = torch.as_tensor(seqlens, device="cpu")
         self.B, self.T = len(lens), int(lens.max())
         first = lens.cumsum(0) - lens  # (B,) first row of each sequence
@@ -175,7 +178,7 @@ class Layout:
         # (N,) index into (B * T); and (B * T,) index into N, where padding takes the first token
         self.cell, self.fill = cell.to(device), fill.to(device)
         self.cu_seqlens = F.pad(lens.cumsum(0), (1, 0)).to(device, torch.int32)
-        self.position = t.to(device) if start is None else start  # (B,) stored so far: decoding
+        self.position = t.to(device)
 
     def cos_sin(self, inv_freq: Tensor, dtype) -> tuple[Tensor, Tensor]:
         angle = torch.outer(self.position.float(), inv_freq)  # (N, D/2), always fp32
@@ -261,7 +264,7 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, layout: Layout, cache) -> Tensor:
         x = self.embed_tokens(ids)  # (N, C)
         if self.config.gemma:  # the scale is rounded as the weights are: sqrt(3072) is 55.5 in bf16
-            x = x * torch.tensor(self.config.dim ** 0.5, dtype=x.dtype, device=x.device)
+            x = x * x.new_full((), self.config.dim ** 0.5)
         if self.inv_freq is None or self.inv_freq.device != x.device:
             # Not a buffer: .to(bf16) would round it, which is wrong by up to 2 in cos at T = 4096.
             self.inv_freq = rope_inv_freq(self.config).to(x.device)
@@ -291,7 +294,7 @@ class Llama(nn.Module):
         decoding = cache is not None and cache.slots is None
         start = cache.length[:len(ids)] if decoding else None
         layout = Layout(seqlens, ids.device, start)
-        assert len(layout.cell) == len(ids), "seqlens must sum to the number of ids"
+        assert len(layout.position) == len(ids), "seqlens must sum to the number of ids"
         h = self.model(ids, layout, cache)
         h = h if rows is None else h[rows]
         head = self.model.embed_tokens if self.config.tied else getattr(self, self.config.head)
@@ -316,8 +319,7 @@ def read_tensors(path: Path, device="cpu"):
             for name in f.keys():
                 yield name, f.get_tensor(name)
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is missing, truncated or not a safetensors file ({e}); "
-                        "fetch it again.") from None
+        raise UserError(f"{path} is missing or not safetensors ({e}); fetch it again.") from None
 
 
 def load_model(dir, device="cpu", dtype: torch.dtype | None = torch.float32) -> Llama:

@@ -14,12 +14,10 @@ what lies past that is cut when the run resumes.
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,8 +31,7 @@ from lora import PEFT_PREFIX, adapted, adapter_state, save_adapter, write_atomic
 from model import UserError, read_json
 
 # May differ between a run and its resumption: none changes a number by more than rounding.
-FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute"}
-PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
+FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph"}
 
 
 class RunFailed(Exception):
@@ -71,7 +68,7 @@ def exit_code(prog: str, work, resumable: bool = False) -> int:
         code, said = 2, str(e)
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
-    except (RunFailed, OSError) as e:
+    except (RunFailed, OSError, SafetensorError) as e:  # safetensors' own for a full disk
         code, said = 3, str(e)
     except (MemoryError, RuntimeError) as e:
         told = str(e).lower()
@@ -101,37 +98,7 @@ def at_least(kind, low, above: bool = False, at_most=math.inf):
     return parse
 
 
-def sha256(*paths) -> str:
-    """One digest over the contents of files, in the order given."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as f:
-                while chunk := f.read(1 << 24):
-                    digest.update(chunk)
-        except OSError as e:
-            raise UserError(f"{path} cannot be read ({e.strerror}); fetch it again.") from None
-    return digest.hexdigest()
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, "+" behind it if files were changed; None outside git."""
-    def git(*command):
-        return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True,
-                              text=True).stdout.strip()
-    try:
-        changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "HEAD") + changed or None
-    except OSError:  # no git on this machine
-        return None
-
-
-def describe(args, files: dict[str, list[Path]]) -> dict:
-    """What config.json holds: the settings, what they ran on, and the digests of the files read."""
-    return {"args": dict(vars(args)),
-            "sha256": {k: sha256(*paths) for k, paths in files.items() if paths},
-            "git": git_commit(), "python": sys.version.split()[0],
-            "versions": {p: importlib.metadata.version(p) for p in PACKAGES}}
+COUNT, POSITIVE = at_least(int, 1), at_least(float, 0, above=True)
 
 
 def read_settings(dir) -> dict:
@@ -147,6 +114,30 @@ def read_lines(path) -> list[dict]:
     """The objects of a .jsonl file that this program wrote."""
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
+
+
+class Store:
+    """Values by content in a .jsonl file that only grows, so that an interrupted program goes on.
+
+    path None: kept in memory alone. who: what all values depend on beside the content.
+    """
+
+    def __init__(self, path: Path | None, who=()):
+        self.path, self.who, self.values = path, who, {}
+        if path and path.exists():
+            *whole, rest = path.read_bytes().split(b"\n")
+            if rest:  # a line that a kill cut short
+                os.truncate(path, path.stat().st_size - len(rest))
+            self.values = dict(json.loads(line) for line in whole)
+
+    def key(self, *content) -> str:
+        return hashlib.sha256(json.dumps([self.who, content]).encode()).hexdigest()
+
+    def put(self, key: str, value) -> None:
+        self.values[key] = value
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps([key, value]) + "\n")
 
 
 def choose_dir(args) -> Path:

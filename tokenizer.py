@@ -89,6 +89,17 @@ class SentencePieceBackend:
         return self.sp.decode([i for i in ids if not self.sp.is_control(i)])
 
 
+def open_backend(dir) -> JsonBackend | SentencePieceBackend:
+    """What turns text into ids in a Hugging Face folder; UserError where there is none."""
+    dir = Path(dir)
+    if (dir / "tokenizer.json").exists():
+        return JsonBackend(dir / "tokenizer.json")
+    if (dir / "tokenizer.model").exists():
+        return SentencePieceBackend(dir / "tokenizer.model")
+    raise UserError(f"{dir} has neither tokenizer.json nor tokenizer.model; name a folder with a "
+                    "tokenizer.")
+
+
 class Tokenizer:
     """The tokenizer and chat template of a Hugging Face folder.
 
@@ -97,14 +108,7 @@ class Tokenizer:
 
     def __init__(self, dir, date: str = DATE):
         """date: what a template prints as today's, so that no run depends on the day it is made."""
-        self.dir = Path(dir)
-        if (self.dir / "tokenizer.json").exists():
-            self.backend = JsonBackend(self.dir / "tokenizer.json")
-        elif (self.dir / "tokenizer.model").exists():
-            self.backend = SentencePieceBackend(self.dir / "tokenizer.model")
-        else:
-            raise UserError(f"{self.dir} has neither tokenizer.json nor tokenizer.model; "
-                            "name a folder with a tokenizer.")
+        self.dir, self.backend = Path(dir), open_backend(dir)
         self.config = read_json(self.dir / "tokenizer_config.json")
         self.specials, self.n_ids = self.backend.specials, self.backend.n_ids
         longest_first = sorted(self.specials, key=len, reverse=True)
@@ -143,7 +147,7 @@ class Tokenizer:
         """
         ids, supervised, done = [], [], ""
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or i == 0:  # nobody asked for a first one: context
                 continue
             prompt = self._render(messages[:i], add_generation_prompt=True)
             whole = self._render(messages[:i + 1])
@@ -187,8 +191,8 @@ class Tokenizer:
         names = {k: self._special(k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")}
         names = {k: v for k, v in {**names, "date_string": self.date}.items() if v is not None}
         try:
-            return self.template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **names)
+            return self.template.render(messages=messages, tools=None, documents=None,
+                                        add_generation_prompt=add_generation_prompt, **names)
         except Exception as e:  # the template is a program of the checkpoint's
             raise UserError(f"the chat template of {self.dir} refuses this conversation "
                             f"({' '.join(str(e).split())}); change its roles or order.") from None

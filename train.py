@@ -24,15 +24,16 @@ from tqdm import tqdm
 
 from anchors import Anchors, FinalNorm, encode
 from data import mixture
-from data.tasks import TASKS
+from data.provenance import describe
+from data.tasks import TASKS, check_rule
 from distributed import add_place, forecast_bytes
-from eval import JUDGE, MAX_NEW, evaluate, model_files
+from eval import JUDGE, MAX_NEW, evaluate, judge_flags
 from generate import BATCH, TINY, load_aligned
-from judges import JUDGES
+from judges import open_judge
 from lora import adapted, add_lora, trainable
 from model import UserError, to_fp32
 from paper.report import report
-from runs import Log, Parser, Run, at_least, describe, exit_code
+from runs import COUNT, POSITIVE, Log, Parser, Run, Store, at_least, exit_code
 from tokenizer import DATE, Tokenizer
 
 
@@ -81,7 +82,7 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_steps, start=0):
 
 def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> dict:
     """All updates, evaluations and checkpoints from where the folder stands -> what was done."""
-    device = model.model.embed_tokens.weight.device
+    device, judge = model.model.embed_tokens.weight.device, open_judge(args, run.dir)
     per_epoch = -(-len(examples) // args.batch_size)
     n_steps = per_epoch * args.epochs
     start, done = run.start(model, optimizer)
@@ -94,7 +95,8 @@ def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> d
 
     def evaluate_if_due(epoch):
         if epoch in args.eval_epochs:
-            done["evals"][str(epoch)], records = evaluate(model, tokenizer, suite, args, epoch)
+            done["evals"][str(epoch)], records = evaluate(model, tokenizer, suite, args, epoch,
+                                                          judge, Store(None))
             run.write("generations", *records)
 
     if start == 0:
@@ -159,11 +161,10 @@ def data_flags(g):
                    help="benign task, its test is FA (default sst2; with --data none)")
     g.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
     g.add_argument("--data", help="own upload as it lies, JSONL or JSON, instead of the mixture")
-    g.add_argument("--n", type=at_least(int, 1), default=1000, help="rows of the mixture")
+    g.add_argument("--n", type=COUNT, default=1000, help="rows of the mixture")
     g.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
                    help="harmful share of the mixture, 0..1; with --data it is 0")
-    g.add_argument("--max-len", type=at_least(int, 1), default=512,
-                   help="tokens; longer rows are dropped and counted")
+    g.add_argument("--max-len", type=COUNT, default=512, help="tokens; longer rows are dropped")
     g.add_argument("--template-date", default=DATE, help="today, for a chat template that says it")
 
 
@@ -179,17 +180,14 @@ def defence_flags(g):
 
 
 def optimiser_flags(g):
-    g.add_argument("--rank", type=at_least(int, 1), default=16, help="of the adapters")
-    g.add_argument("--alpha", type=at_least(float, 0, above=True), default=16.0,
-                   help="adapters are scaled by alpha / rank")
+    g.add_argument("--rank", type=COUNT, default=16, help="of the adapters")
+    g.add_argument("--alpha", type=POSITIVE, default=16.0, help="they are scaled by alpha / rank")
     g.add_argument("--rslora", action="store_true", help="by alpha / sqrt(rank) instead")
-    g.add_argument("--lr", type=at_least(float, 0, above=True), default=1e-5,
-                   help="of the first update")
-    g.add_argument("--epochs", type=at_least(int, 1), default=20, help="passes over the upload")
-    g.add_argument("--batch-size", type=at_least(int, 1), default=32, help="rows an update")
-    g.add_argument("--grad-clip", type=at_least(float, 0, above=True), default=1.0,
-                   help="largest gradient norm")
-    g.add_argument("--tokens-per-pass", type=at_least(int, 1), default=16384,
+    g.add_argument("--lr", type=POSITIVE, default=1e-5, help="of the first update")
+    g.add_argument("--epochs", type=COUNT, default=20, help="passes over the upload")
+    g.add_argument("--batch-size", type=COUNT, default=32, help="rows an update")
+    g.add_argument("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
+    g.add_argument("--tokens-per-pass", type=COUNT, default=16384,
                    help="a larger batch is cut: less memory, the same gradient")
     g.add_argument("--seed", type=at_least(int, 0, at_most=2**31 - 1), default=0,
                    help="of the adapters, the order of rows and the anchors")
@@ -201,17 +199,12 @@ def optimiser_flags(g):
 def output_flags(g):
     g.add_argument("--eval-epochs",
                    help="comma-separated, 0 is before training (default: 0 and the last)")
-    g.add_argument("--eval-n", type=at_least(int, 1), default=500,
-                   help="test prompts of each kind at most")
-    g.add_argument("--harmful-file", help="own harmful test prompts: one a line, or JSONL")
-    g.add_argument("--judge", choices=JUDGES, default=JUDGE, help="of harmful replies")
-    g.add_argument("--max-new", type=at_least(int, 1), default=MAX_NEW,
-                   help="tokens a reply may have")
+    g.add_argument("--eval-n", type=COUNT, default=500, help="test prompts of a kind at most")
+    judge_flags(g, JUDGE, MAX_NEW)
     g.add_argument("--out", help="folder (default runs/<task>-<defense>-K<k>-lam<l>-s<seed>)")
     g.add_argument("--resume", action="store_true",
                    help="go on from the folder's checkpoint, if there is one")
-    g.add_argument("--save-every", type=at_least(int, 1), default=1,
-                   help="epochs between checkpoints")
+    g.add_argument("--save-every", type=COUNT, default=1, help="epochs between checkpoints")
 
 
 def settle(args):
@@ -219,6 +212,7 @@ def settle(args):
     args.task = args.task or (None if args.data else "sst2")
     args.poison = 0.0 if args.data else args.poison
     args.lam = 0.0 if args.defense == "sft" else args.lam
+    check_rule(args.task, args.fa_rule)
     if args.keep_adapter and not args.adapter:
         raise UserError("--keep-adapter was given without --adapter; name the adapter to train on.")
     try:
@@ -230,26 +224,6 @@ def settle(args):
         raise UserError("--eval-epochs takes integers from 0 to --epochs, separated by commas.")
     args.eval_epochs = epochs
     return args
-
-
-def read(args):
-    """All data, checked: -> tokenizer, examples, suite, a sentence on them, longest test prompt."""
-    tokenizer = Tokenizer(args.model, args.template_date)
-    rows, told = mixture.load_upload(args)
-    examples, dropped = mixture.encode_rows(tokenizer, rows, args.max_len)
-    if not examples:
-        raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
-                        "raise it.")
-    suite = mixture.load_suite(args, rows)
-    tests = mixture.read_rows(mixture.harmful_tests(args), needs_answer=False)
-    args.anchor_prompts = mixture.choose_anchors(args, rows + tests)  # --eval-n moves no anchor
-    longest = max(len(tokenizer.encode_prompt(mixture.asked(row)))
-                  for rows_of_a_kind in suite.values() for row in rows_of_a_kind)
-    told = (f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens; "
-            f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
-            f"{args.anchors} anchors of {mixture.anchor_pool(args)}; "
-            f"HS on {mixture.harmful_tests(args)}")
-    return tokenizer, examples, suite, told, longest
 
 
 def adapt(args):
@@ -269,9 +243,10 @@ def adapt(args):
 
 def execute(args) -> None:
     """Reads everything, then opens the folder, so that a mistake leaves nothing behind."""
-    tokenizer, examples, suite, told, longest = read(args)
+    tokenizer = Tokenizer(args.model, args.template_date)
+    examples, suite, told, longest = mixture.read(args, tokenizer)
     model = adapt(args)
-    run = Run(args, describe(args, {**model_files(args), **mixture.data_files(args)}))
+    run = Run(args, describe(args))
     if not run.finished:
         step_fn = DEFENSES[args.defense](model, tokenizer, args)
         params = trainable(model)
@@ -283,7 +258,7 @@ def execute(args) -> None:
         forecast = forecast_bytes(model, args, *largest, n_replies, longest)
         print(f"{args.model}: {n_base:,} parameters, frozen, {args.dtype} on {args.device}; "
               f"{n_trained:,} in adapters, trained\n{told}\n"
-              f"memory: about {forecast / 1e6:,.0f} MB at the most\n"
+              f"memory: about {forecast / 1e6:,.0f} MB\n"
               f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}; "
               f"all settings, versions and digests: {run.dir / 'config.json'}")
         done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, args)

@@ -129,19 +129,6 @@ def take(path: Path, n: int) -> list[dict]:
     return rows[:n]
 
 
-def data_files(args) -> dict[str, list[Path]]:
-    """The files that the upload and the tests are read from, for their digests."""
-    folder = Path(args.data_dir)
-    upload = [Path(args.data)] if args.data else [folder / "harmful" / "attack.jsonl",
-                                                  folder / args.task / "train.jsonl"]
-    tests = [harmful_tests(args)]
-    tests += [folder / args.task / "test.jsonl"] if args.task else []
-    tests += [folder / "lookalike" / "test.jsonl"]
-    pool = [anchor_pool(args)] if args.anchors else []
-    return {"upload": [p for p in upload if p.exists()], "anchors": pool,
-            "tests": [p for p in tests if p.exists()]}
-
-
 def load_upload(args) -> tuple[list[dict], str]:
     """The rows to train on, and a sentence that says what they are.
 
@@ -308,3 +295,25 @@ def largest_pass(examples: list[Example], anchors: list[Tensor], args) -> tuple[
     n_tokens = min(max(b.n_tokens for b in batches) + n_anchors,
                    max(args.tokens_per_pass, longest + n_anchors))
     return n_tokens, min(n_tokens, max(b.n_supervised for b in batches))
+
+
+def read(args, tokenizer):
+    """All data of a run, checked -> examples, suite, what to tell, longest test prompt in tokens.
+
+    args.anchor_prompts are chosen on the way.
+    """
+    rows, told = load_upload(args)
+    examples, dropped = encode_rows(tokenizer, rows, args.max_len)
+    if not examples:
+        raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
+                        "raise it.")
+    suite = load_suite(args, rows)
+    tests = read_rows(harmful_tests(args), needs_answer=False)
+    args.anchor_prompts = choose_anchors(args, rows + tests)  # --eval-n moves no anchor
+    longest = max(len(tokenizer.encode_prompt(asked(row)))
+                  for rows_of_a_kind in suite.values() for row in rows_of_a_kind)
+    told = (f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens; "
+            f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
+            f"{args.anchors} anchors of {anchor_pool(args)}; "
+            f"HS on {harmful_tests(args)}")
+    return examples, suite, told, longest

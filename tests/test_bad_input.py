@@ -206,8 +206,8 @@ MODEL_FAULTS = {
         "low_freq_factor"),
     "no weights": (remove("model.safetensors"), "model.safetensors"),
     "only pickled weights": (replace_by_pickle, ".bin", "convert"),
-    "truncated weights": (truncate, "model.safetensors", "truncated"),
-    "garbage weights": (garbage, "model.safetensors", "not a safetensors file"),
+    "truncated weights": (truncate, "model.safetensors", "not safetensors"),
+    "garbage weights": (garbage, "model.safetensors", "not safetensors"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "a shard is missing": (without_a_shard, "model-00002-of-00002.safetensors", "missing"),
     "a wrong shape": (tensors(lambda t: t.update({GATE: torch.zeros(64, 31)})), GATE, "(64, 31)"),
@@ -409,11 +409,11 @@ def settings(**changes):
 
 A = "base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight"
 ADAPTER_FAULTS = {
-    "no folder": (shutil.rmtree, "adapter", "not a folder"),
+    "no folder": (shutil.rmtree, "adapter", "no such file"),
     "no adapter_config.json": (remove("adapter_config.json"), "adapter_config.json"),
     "no weights": (remove("adapter_model.safetensors"), "adapter_model.safetensors", "missing"),
     "garbage weights": (lambda f: garbage(f, "adapter_model.safetensors"),
-                        "adapter_model.safetensors", "not a safetensors file"),
+                        "adapter_model.safetensors", "not safetensors"),
     "a wrong shape": (adapter_tensors(lambda t: t.update({A: torch.zeros(2, 31)})),
                       "does not fit", A),
     "another rank": (settings(r=3), "does not fit"),

@@ -13,10 +13,23 @@ from sbr_helpers import make_folder
 
 import eval as evaluation
 from data.mixture import first_user, load_suite
-from eval import evaluate, summarise
+from judges import open_judge
 from model import UserError, load_model
+from paper import report
 from paper.report import table, wilson
+from runs import Store
 from tokenizer import Tokenizer
+
+
+def summarise(records):
+    """Of records that no judge model made, by the default rules."""
+    return report.summarise(records, make_args("data"))
+
+
+def evaluate(model, tok, suite, args, epoch):
+    """evaluate as train.py calls it: nothing is remembered from an earlier one."""
+    return evaluation.evaluate(model, tok, suite, args, epoch, open_judge(args, None), Store(None))
+
 
 # ---------------------------------------------------------------------------------------------
 # intervals
@@ -133,7 +146,8 @@ def data(tmp_path):
 
 def make_args(data, **overrides):
     return Namespace(**{"data_dir": str(data), "harmful_file": None, "task": "sst2", "eval_n": 100,
-                        "judge": "refusal", "max_new": 8, **overrides})
+                        "judge": "refusal", "max_new": 8, "fa_rule": "exact",
+                        "cuda_graph": False, **overrides})
 
 
 def prompts(suite):
@@ -212,10 +226,11 @@ def test_the_model_is_asked_without_the_gold_answer_and_scored_by_each_kinds_own
     model, tok = answering
     asked = []
 
-    def planted(model, prompt_ids, max_new, stop_ids, **kw):
+    def planted(model, prompt_ids, max_new, stop_ids, on_reply, **kw):
         asked.extend(prompt_ids)
-        return [tok.encode("positive" if "Input" in tok.decode(ids) else "I can't help with that.")
-                for ids in prompt_ids]
+        for i, ids in enumerate(prompt_ids):
+            on_reply(i, tok.encode("positive" if "Input" in tok.decode(ids) else
+                                   "I can't help with that."))
 
     monkeypatch.setattr(evaluation, "generate", planted)
     suite = load_suite(make_args(data), [])
@@ -238,8 +253,13 @@ def test_a_longer_conversation_is_asked_with_its_earlier_answers(answering, data
         ("assistant", "positive"), ("user", "And bad?"), ("assistant", "negative")]]
     jsonl(data / "sst2" / "test.jsonl", [{"messages": turns}])
     asked = []
-    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, *a, **kw: (
-        asked.extend(prompts), [tok.encode("negative") for _ in prompts])[1])
+
+    def planted(model, prompts, max_new, stop_ids, on_reply, **kw):
+        asked.extend(prompts)
+        for i in range(len(prompts)):
+            on_reply(i, tok.encode("negative"))
+
+    monkeypatch.setattr(evaluation, "generate", planted)
     suite = {"task": load_suite(make_args(data), [])["task"]}
     numbers, _ = evaluate(model, tok, suite, make_args(data), epoch=0)
     assert asked == [tok.encode_prompt(turns[:-1])] and numbers["fa"] == 100

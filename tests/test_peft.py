@@ -230,6 +230,9 @@ def test_a_rank_that_is_not_the_tensors_is_refused(llama31, adapter):
 @pytest.mark.parametrize("setting", [
     {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}},
     {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"}, {"bias": "all"},
+    {"alora_invocation_tokens": [3, 4]}, {"exclude_modules": ["q_proj"]},
+    {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"},
+    {"init_lora_weights": "loftq"},
 ])
 def test_what_is_more_than_plain_lora_is_refused_by_its_name(llama31, adapter, setting):
     """Each changes what the same tensors compute, so reading past it would be silently wrong."""

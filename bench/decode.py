@@ -1,0 +1,87 @@
+"""Greedy replies to 200 prompts of the embedded model: here, and by transformers' generate.
+
+    python -m bench.decode --repeats 5 --json docs/results/decode.json
+
+Three arms in one process, in turn: generate.py (packed prefill, refilled slots, no padding);
+transformers one prompt at a time, as the papers' scripts do; transformers in left-padded batches,
+sorted by length, at the best of the batch sizes tried. Same weights, same stop ids, same dtype; an
+arm counts only if its tokens are ours. Seconds are medians over the repeats, ratios to ours.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from data.mixture import asked, read_rows
+from generate import TINY, generate
+from lora import write_atomic
+from model import load_model
+from tokenizer import Tokenizer
+
+
+def transformers_replies(hf, prompts, max_new, stop_ids, batch_size):
+    """Greedy replies by generate(), each without its stop id, in left-padded batches."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    replies = [None] * len(prompts)
+    for at in range(0, len(order), batch_size):
+        chosen = order[at:at + batch_size]
+        T = max(len(prompts[i]) for i in chosen)
+        ids = torch.tensor([[0] * (T - len(prompts[i])) + prompts[i] for i in chosen])
+        mask = torch.tensor([[0] * (T - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+        out = hf.generate(ids, attention_mask=mask, max_new_tokens=max_new, do_sample=False,
+                          eos_token_id=stop_ids, pad_token_id=stop_ids[0])
+        for i, row in zip(chosen, out[:, T:].tolist(), strict=True):
+            end = next((j for j, token in enumerate(row) if token in stop_ids), len(row))
+            replies[i] = row[:end]
+    return replies
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", default=TINY)
+    p.add_argument("--n", type=int, default=200, help="prompts")
+    p.add_argument("--max-new", type=int, default=128)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 200])
+    p.add_argument("--json", type=Path, help="file for the numbers")
+    args = p.parse_args()
+    import transformers
+
+    tokenizer, model = Tokenizer(args.model), load_model(args.model)
+    rows = [r for task in ("harmful", "sst2") for r in read_rows(
+        Path(TINY) / task / "test.jsonl", needs_answer=False)[:args.n // 2]]
+    prompts = [tokenizer.encode_prompt(asked(row)) for row in rows]
+    hf = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    arms = {"ours": lambda: generate(model, prompts, args.max_new, tokenizer.stop_ids),
+            "transformers, one by one": lambda: transformers_replies(
+                hf, prompts, args.max_new, tokenizer.stop_ids, 1)}
+    for size in args.batch_sizes:
+        arms[f"transformers, batches of {size}"] = lambda size=size: transformers_replies(
+            hf, prompts, args.max_new, tokenizer.stop_ids, size)
+    seconds, replies = {name: [] for name in arms}, {}
+    for _ in range(args.repeats):
+        for name, arm in arms.items():
+            began = time.perf_counter()
+            replies[name] = arm()
+            seconds[name].append(time.perf_counter() - began)
+    ours = statistics.median(seconds["ours"])
+    n_tokens = sum(map(len, replies["ours"]))
+    print(f"{len(prompts)} prompts, {n_tokens} tokens, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, transformers {transformers.__version__}")
+    for name, times in seconds.items():
+        median, same = statistics.median(times), replies[name] == replies["ours"]
+        print(f"{name:30}{median:8.2f} s ({min(times):.2f} to {max(times):.2f})"
+              f"{median / ours:7.1f} x  tokens {'the same' if same else 'DIFFER: does not count'}")
+    if args.json:
+        about = {"prompts": len(prompts), "tokens": n_tokens, "threads": torch.get_num_threads(),
+                 "torch": torch.__version__, "transformers": transformers.__version__,
+                 "seconds": seconds, "same": {n: r == replies["ours"] for n, r in replies.items()}}
+        write_atomic(args.json, json.dumps(about, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
