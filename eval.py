@@ -23,12 +23,12 @@ from data import mixture
 from data.provenance import model_files, sha256
 from data.tasks import RULES, TASKS, check_rule
 from distributed import add_place
-from generate import TINY, generate, load_aligned
+from generate import generate, load_aligned
 from judges import JUDGES, is_degenerate, is_refusal, open_compare, open_judge
 from lora import load_adapter, write_atomic
 from model import UserError
 from paper.report import summarise, table
-from runs import COUNT, Parser, Store, at_least, exit_code, read_settings
+from runs import COUNT, TINY, Parser, Store, at_least, exit_code, read_settings
 from tokenizer import DATE, Tokenizer
 
 
@@ -117,8 +117,9 @@ def load_run(args):
     load_adapter(model, args.run)
     held = [mixture.to_row(prompt, "anchor", needs_answer=False) for prompt in was.anchor_prompts]
     files = [f for part in model_files(was).values() for f in part]
+    harmful, benign, _ = mixture.load_upload(was)
     return (model, Tokenizer(was.model, was.template_date),
-            [*files, args.run / "adapter_model.safetensors"], mixture.load_upload(was)[0] + held)
+            [*files, args.run / "adapter_model.safetensors"], [*harmful, *benign, *held])
 
 
 def load_named(args):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from distributed import add_place, place, record
 from lora import load_adapter, merge
 from model import Config, Llama, UserError, load_model
-from runs import COUNT, Parser, exit_code
+from runs import COUNT, TINY, Parser, exit_code
 from tokenizer import DATE, Tokenizer
 
 BATCH = 128  # replies written at once
@@ -170,9 +170,6 @@ class Engine:
         """Slot `source` takes the place of `target` and is free."""
         self.cache.move(source, target)
         self.last[target], self.cache.length[source] = self.last[source], 0
-
-
-TINY = "data/tiny"  # the embedded model and its tasks: what a program takes unless told otherwise
 
 
 def load_chat(dir, args) -> Llama:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
-from model import UserError, load_model, read_json, read_tensors, weight_files
+from model import UserError, load_model, read_json, read_tensors, to_fp32, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."  # before Hugging Face's own names
@@ -82,14 +82,31 @@ def add_lora(model: nn.Module, rank: int, alpha: float, rslora: bool = False, ta
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of each adapter in turn; empty without adapters."""
-    return [p for _, m in adapted(model) for p in (m.lora_A, m.lora_B)]
+    """What is trained: A and B of each adapter in turn; empty without adapters."""
+    return [p for p in adapter_params(model).values() if p.requires_grad]
+
+
+def adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters, and what open_module opened, under PEFT's names."""
+    return {f"{PEFT_PREFIX}{name}.{part}.weight": getattr(m, part)
+            for name, m in adapted(model) for part in ("lora_A", "lora_B")} | {
+        PEFT_PREFIX + name: p for name, p in model.named_parameters()
+        if p.requires_grad and "lora_" not in name}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters under PEFT's names, on the CPU."""
-    return {f"{PEFT_PREFIX}{name}.{part}.weight": getattr(m, part).detach().cpu().contiguous()
-            for name, m in adapted(model) for part in ("lora_A", "lora_B")}
+    """The same, on the CPU."""
+    return {k: p.detach().cpu().contiguous() for k, p in adapter_params(model).items()}
+
+
+def open_module(model: nn.Module, name: str) -> nn.Parameter:
+    """Makes "lm_head" or "norm" a trained fp32 weight; a tied head becomes one of its own."""
+    if name == "lm_head" and model.config.tied:
+        model.lm_head, model.config.tied = nn.Linear(1, 1, bias=False, device="meta"), False
+        model.lm_head.weight = model.model.embed_tokens.weight
+    module = model.lm_head if name == "lm_head" else model.model.norm
+    module.weight = nn.Parameter(to_fp32(module.weight.detach()).clone())
+    return module.weight
 
 
 def write_atomic(path, data: bytes) -> None:
@@ -119,7 +136,8 @@ def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
         "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora,
         "target_modules": sorted(ends if every == names else names),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-        "inference_mode": True, "use_dora": False, "modules_to_save": None,
+        "inference_mode": True, "use_dora": False,
+        "modules_to_save": [n.split(".")[-2] for n in adapter_params(model) if "lora_" not in n] or None,
         "rank_pattern": {}, "alpha_pattern": {},
     }
     # transformers and PEFT refuse a safetensors file without the format's name in its metadata.
@@ -131,7 +149,7 @@ def read_adapter_config(dir) -> dict:
     """adapter_config.json, refused with a sentence where it asks for more than plain LoRA."""
     path = Path(dir) / "adapter_config.json"
     config = read_json(path)
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None,
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False,
              "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False, "lora_bias": False,
              "alora_invocation_tokens": None, "exclude_modules": None, "layers_to_transform": None}
     for key, value in plain.items():
@@ -142,6 +160,9 @@ def read_adapter_config(dir) -> dict:
     if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(f"{path} has init_lora_weights {init}, which changes the base too; save it "
                         "with PEFT's path_initial_model_for_weight_conversion.")
+    if set(config.get("modules_to_save") or ()) - {"lm_head", "norm"}:
+        raise UserError(f"{path} has modules_to_save {config['modules_to_save']}, expected no more "
+                        "than lm_head and norm; train such an adapter.")
     targets = config.get("target_modules")
     if not targets or not isinstance(targets, (str, list)):  # PEFT would then drop most tensors
         raise UserError(f"{path} has target_modules {targets}, expected names; save it again.")
@@ -161,22 +182,24 @@ def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
     state = dict(read_tensors(Path(dir) / "adapter_model.safetensors"))
     params = add_lora(model, config["r"], config["lora_alpha"], config.get("use_rslora", False),
                       config["target_modules"])
-    want = {name: t.shape for name, t in adapter_state(model).items()}
+    for name in config.get("modules_to_save") or ():
+        params.append(open_module(model, name))
+    want = {name: p.shape for name, p in adapter_params(model).items()}
     wrong = sorted(n for n in want.keys() | state.keys()
                    if n not in want or n not in state or state[n].shape != want[n])
     if wrong:
         raise UserError(f"{dir} does not fit the model: {len(wrong)} tensors are missing, surplus "
                         f"or misshapen, first {wrong[0]}; name the model it was trained on.")
     with torch.no_grad():
-        for name, module in adapted(model):
-            module.lora_A.copy_(state[f"{PEFT_PREFIX}{name}.lora_A.weight"])
-            module.lora_B.copy_(state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
+        for name, p in adapter_params(model).items():
+            p.copy_(state[name])
     return params
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """W <- W + s B A, added in fp32 and rounded once to W's dtype; then no adapters are left."""
+    """W <- W + s B A, added in fp32 and rounded once to W's dtype; then nothing is trained."""
+    model.requires_grad_(False)
     for name, m in adapted(model):
         parent, _, last = name.rpartition(".")
         linear = nn.Linear(*m.weight.T.shape, bias=m.bias is not None, device="meta")
@@ -198,6 +221,8 @@ def merge_folder(model_dir, adapter_dir, out) -> str:
     if len(dtypes := {str(p.dtype)[6:] for p in model.parameters() if p.ndim == 2}) > 1:
         raise UserError(f"{model_dir} mixes {' and '.join(sorted(dtypes))}, expected one dtype.")
     load_adapter(model, adapter_dir)
+    if any("lora_" not in name for name in adapter_params(model)):
+        raise UserError(f"{adapter_dir} holds whole modules, expected adapters alone to merge.")
     n = min(256, model.config.max_positions)
     ids = torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

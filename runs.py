@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from distributed import peak_bytes
-from lora import PEFT_PREFIX, adapted, adapter_state, save_adapter, write_atomic
+from lora import adapter_params, adapter_state, save_adapter, write_atomic
 from model import UserError, read_json
 
 # May differ between a run and its resumption: none changes a number by more than rounding.
@@ -98,6 +98,7 @@ def at_least(kind, low, above: bool = False, at_most=math.inf):
     return parse
 
 
+TINY = "data/tiny"  # the embedded model and its tasks: what a program takes if told nothing
 COUNT, POSITIVE = at_least(int, 1), at_least(float, 0, above=True)
 
 
@@ -185,7 +186,7 @@ class Run:
                                     f"{str(a)[:60]} there, {str(b)[:60]} here); pass another "
                                     "--out, or the same settings.")
 
-    def start(self, model, optimizer) -> tuple[int, dict]:
+    def start(self, model, optimizer, step_fn) -> tuple[int, dict]:
         """Opens the folder; restores the checkpoint, if any -> (next step, what was done)."""
         if not (self.dir / "config.json").exists():
             self._create()
@@ -193,7 +194,7 @@ class Run:
         step, sizes = 0, {"log": 0, "generations": 0}
         done = {"evals": {}, "seconds": 0.0, "tokens": 0, "last": None}
         if state.exists():
-            step, done, sizes = restore(state, model, optimizer)
+            step, done, sizes = restore(state, model, optimizer, step_fn)
         paths = {name: self.dir / f"{name}.jsonl" for name in sizes}
         for name, path in paths.items():
             if sizes[name] > (path.stat().st_size if path.exists() else 0):
@@ -221,14 +222,14 @@ class Run:
         self.files[name].write(text.encode())
         self.files[name].flush()
 
-    def save(self, model, optimizer, step: int, done: dict) -> None:
+    def save(self, model, optimizer, step_fn, step: int, done: dict) -> None:
         """The checkpoint: everything before update `step` is in it."""
         for file in self.files.values():
             os.fsync(file.fileno())
         tensors = adapter_state(model)
-        for name, p in zip(list(tensors), optimizer.param_groups[0]["params"], strict=True):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = optimizer.state[p][moment].cpu()
+        for name, p in adapter_params(model).items():
+            tensors |= {f"{key}/{name}": t.cpu() for key, t in optimizer.state.get(p, {}).items()}
+        tensors |= {f"defence/{k}": t.cpu() for k, t in getattr(step_fn, "state", {}).items()}
         sizes = {name: file.seek(0, os.SEEK_END) for name, file in self.files.items()}
         about = {"step": step, "done": done, "sizes": sizes}
         write_atomic(self.dir / "state.safetensors", save(tensors, {"run": json.dumps(about)}))
@@ -239,7 +240,7 @@ class Run:
         last, evals = done["last"], done["evals"]
         result = {"hs": {e: n["hs"] for e, n in evals.items()},
                   "fa": {e: n["fa"] for e, n in evals.items()},
-                  "ce": last["ce"], "safe": last["safe"], "seconds": done["seconds"],
+                  "ce": last["ce"], "safe": last.get("safe"), "seconds": done["seconds"],
                   "tokens_per_second": done["tokens"] / done["seconds"], "peak_bytes": peak_bytes(),
                   "forecast_bytes": forecast, "evals": evals}
         write_atomic(self.dir / "result.json", json.dumps(result, indent=1).encode())
@@ -275,8 +276,8 @@ class Log:
         self.restart_clock()
 
 
-def restore(path: Path, model, optimizer) -> tuple[int, dict, dict]:
-    """Adapters and Adam's moments from a checkpoint -> (next step, what was done, .jsonl sizes)."""
+def restore(path: Path, model, optimizer, step_fn) -> tuple[int, dict, dict]:
+    """Weights, Adam's state and the defence's -> (next step, what was done, .jsonl sizes)."""
     try:
         file = safe_open(path, "pt")
     except SafetensorError as e:
@@ -285,12 +286,11 @@ def restore(path: Path, model, optimizer) -> tuple[int, dict, dict]:
         about = json.loads((f.metadata() or {}).get("run", "null"))
         if about is None:
             raise UserError(f"{path} is not a checkpoint; pass another --out.")
-        for name, m in adapted(model):
-            for part in ("lora_A", "lora_B"):
-                p, key = getattr(m, part), f"{PEFT_PREFIX}{name}.{part}.weight"
-                p.data.copy_(f.get_tensor(key))
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(about["step"]), device=p.device),
-                    "exp_avg": f.get_tensor(f"exp_avg.{key}").to(p.device),
-                    "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{key}").to(p.device)}
+        for name, p in adapter_params(model).items():
+            p.data.copy_(f.get_tensor(name))
+            for key in ("step", "exp_avg", "exp_avg_sq"):  # none yet where nothing was updated
+                if f"{key}/{name}" in f.keys():
+                    optimizer.state[p][key] = f.get_tensor(f"{key}/{name}").to(p.device)
+        for key, t in getattr(step_fn, "state", {}).items():
+            t.copy_(f.get_tensor(f"defence/{key}"))
     return about["step"], about["done"], about["sizes"]

@@ -23,18 +23,21 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from anchors import Anchors, FinalNorm, encode
+from baselines import booster, deepalign, ewc, lisa, t_vaccine, vaccine
 from data import mixture
+from data.batches import batch_at, largest_pass
 from data.provenance import describe
-from data.tasks import TASKS, check_rule
+from data.tasks import check_rule
 from distributed import add_place, forecast_bytes
 from eval import JUDGE, MAX_NEW, evaluate, judge_flags
-from generate import BATCH, TINY, load_aligned
+from generate import BATCH, load_aligned
 from judges import open_judge
-from lora import adapted, add_lora, trainable
+from lora import adapted, trainable
 from model import UserError, to_fp32
 from paper.report import report
 from runs import COUNT, POSITIVE, Log, Parser, Run, Store, at_least, exit_code
-from tokenizer import DATE, Tokenizer
+from stress import attacks
+from tokenizer import Tokenizer
 
 
 def make_sbr_step(model, tokenizer, args):
@@ -60,9 +63,14 @@ def make_sbr_step(model, tokenizer, args):
 
 
 # A defence is one function, make_step(model, tokenizer, args) -> step; step(batch) leaves the
-# gradient in .grad and returns numbers to log. Plain fine-tuning is lambda = 0: it logs its own
-# drift for free.
-DEFENSES = {"sbr": make_sbr_step, "sft": make_sbr_step}
+# gradient in .grad and returns numbers to log; step.state, if it has one, is tensors to checkpoint.
+# Plain fine-tuning is lambda = 0: it logs its own drift for free.
+DEFENSES = {"sbr": make_sbr_step, "sft": make_sbr_step, "lisa": lisa.make_step,
+            "ewc": ewc.make_step, "deepalign": deepalign.make_step, "vaccine": vaccine.make_step,
+            "t-vaccine": t_vaccine.make_step, "booster": booster.make_step}
+# The stages a defence may run in, its own first: on the user's upload or on the defender's rows.
+STAGES = {"sft": ("finetune", "align"), "deepalign": ("finetune", "align"), "vaccine": ("align",),
+          "t-vaccine": ("align",), "booster": ("align",)}
 
 
 def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_steps, start=0):
@@ -83,14 +91,13 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_steps, start=0):
 def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> dict:
     """All updates, evaluations and checkpoints from where the folder stands -> what was done."""
     device, judge = model.model.embed_tokens.weight.device, open_judge(args, run.dir)
-    per_epoch = -(-len(examples) // args.batch_size)
-    n_steps = per_epoch * args.epochs
-    start, done = run.start(model, optimizer)
+    n_steps, per_epoch = args.n_steps, args.n_steps // args.epochs
+    start, done = run.start(model, optimizer, step_fn)
     # Reading a number waits for a GPU, hence in groups; 20 is our choice, not yet measured.
     log, stop = Log(run, done, every=1 if device.type == "cpu" else 20), Stop()
 
     def batch_of(step):
-        return mixture.batch_at(examples, step, args.batch_size, args.seed, args.tokens_per_pass,
+        return batch_at(examples, step, args.batch_size, args.seed, args.tokens_per_pass,
                                 device)
 
     def evaluate_if_due(epoch):
@@ -114,7 +121,7 @@ def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> d
                     tqdm.write(line(epoch, done))
                     evaluate_if_due(epoch)
                 if stop.asked or epoch % args.save_every == 0:
-                    run.save(model, optimizer, step + 1, done)
+                    run.save(model, optimizer, step_fn, step + 1, done)
                 log.restart_clock()
             if stop.asked:
                 raise KeyboardInterrupt
@@ -122,11 +129,12 @@ def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> d
 
 
 def line(epoch: int, done: dict) -> str:
-    """One line an epoch: its last update, loss = ce + lambda * safe, and the run's mean speed."""
-    last = done["last"]
-    return (f"epoch {epoch:3}  loss {last['loss']:8.4f}  ce {last['ce']:8.4f}  safe "
-            f"{last['safe']:.2e}  lr {last['lr']:.2e}  grad {last['grad_norm']:7.3f}  "
-            f"{done['tokens'] / done['seconds']:7,.0f} tokens/s")
+    """One line an epoch: its last update's numbers, and the run's mean speed."""
+    last = dict(done["last"])
+    for name in ("step", "batch", "tokens"):
+        del last[name]
+    return (f"epoch {epoch:3}  " + "  ".join(f"{k} {v:.4g}" for k, v in last.items())
+            + f"  {done['tokens'] / done['seconds']:,.0f} tokens/s")
 
 
 class Stop:
@@ -146,30 +154,20 @@ class Stop:
 def parse(argv=None):
     """The flags, in four groups."""
     p = Parser("train.py", __doc__.splitlines()[0])
-    data_flags(p.add_argument_group("model and data"))
+    mixture.add_flags(p.add_argument_group("model and data"))
     defence_flags(p.add_argument_group("defence"))
+    attacks.add_flags(p.add_argument_group("attack"))
+    for rival in (lisa, ewc, deepalign, vaccine, t_vaccine, booster):
+        rival.add_flags(p.add_argument_group(rival.__name__.replace("baselines.", "--defense ")))
     optimiser_flags(p.add_argument_group("optimisation (defaults: the paper's)"))
     output_flags(p.add_argument_group("evaluation and output"))
     return settle(p.parse_args(argv))
 
 
-def data_flags(g):
-    g.add_argument("--model", default=TINY, help="Hugging Face folder")
-    g.add_argument("--adapter", help="PEFT folder, merged into the model before training")
-    g.add_argument("--keep-adapter", action="store_true", help="train --adapter on, unmerged")
-    g.add_argument("--task", choices=TASKS,
-                   help="benign task, its test is FA (default sst2; with --data none)")
-    g.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
-    g.add_argument("--data", help="own upload as it lies, JSONL or JSON, instead of the mixture")
-    g.add_argument("--n", type=COUNT, default=1000, help="rows of the mixture")
-    g.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
-                   help="harmful share of the mixture, 0..1; with --data it is 0")
-    g.add_argument("--max-len", type=COUNT, default=512, help="tokens; longer rows are dropped")
-    g.add_argument("--template-date", default=DATE, help="today, for a chat template that says it")
-
-
 def defence_flags(g):
     g.add_argument("--defense", choices=DEFENSES, default="sbr", help="what trains")
+    g.add_argument("--stage", choices=("finetune", "align"),
+                   help="on the upload, or before it on --align-file (default: the defence's own)")
     g.add_argument("--anchors", type=at_least(int, 0), default=8, metavar="K",
                    help="harmful prompts held; 0 is plain fine-tuning")
     g.add_argument("--lambda", dest="lam", type=at_least(float, 0), default=50.0, metavar="L",
@@ -186,6 +184,7 @@ def optimiser_flags(g):
     g.add_argument("--lr", type=POSITIVE, default=1e-5, help="of the first update")
     g.add_argument("--epochs", type=COUNT, default=20, help="passes over the upload")
     g.add_argument("--batch-size", type=COUNT, default=32, help="rows an update")
+    g.add_argument("--beta1", type=at_least(float, 0, at_most=1), default=0.9, help="of AdamW")
     g.add_argument("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
     g.add_argument("--tokens-per-pass", type=COUNT, default=16384,
                    help="a larger batch is cut: less memory, the same gradient")
@@ -210,8 +209,13 @@ def output_flags(g):
 def settle(args):
     """Defaults that depend on other flags."""
     args.task = args.task or (None if args.data else "sst2")
-    args.poison = 0.0 if args.data else args.poison
-    args.lam = 0.0 if args.defense == "sft" else args.lam
+    stages = STAGES.get(args.defense, ("finetune",))
+    args.stage = args.stage or stages[0]
+    if args.stage not in stages:
+        raise UserError(f"--defense {args.defense} has no stage {args.stage}, expected "
+                        f"{' or '.join(stages)}; leave --stage out.")
+    args.poison = 0.0 if args.data or args.stage == "align" else args.poison
+    args.lam = args.lam if args.defense == "sbr" else 0.0
     check_rule(args.task, args.fa_rule)
     if args.keep_adapter and not args.adapter:
         raise UserError("--keep-adapter was given without --adapter; name the adapter to train on.")
@@ -232,8 +236,7 @@ def adapt(args):
     if args.max_len > model.config.max_positions:
         raise UserError(f"--max-len {args.max_len} is above the {model.config.max_positions} "
                         "positions that the model was trained for; lower it.")
-    if not adapted(model):  # --keep-adapter brings its own
-        add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
+    attacks.attach(model, args)
     model.model.recompute = args.recompute
     first, embedding = adapted(model)[0][1], model.model.embed_tokens.weight
     args.rank, args.alpha, args.rslora = first.rank, first.alpha, first.rslora
@@ -244,16 +247,18 @@ def adapt(args):
 def execute(args) -> None:
     """Reads everything, then opens the folder, so that a mistake leaves nothing behind."""
     tokenizer = Tokenizer(args.model, args.template_date)
-    examples, suite, told, longest = mixture.read(args, tokenizer)
+    examples, suite, told, longest = mixture.read(args, tokenizer, attacks.change_rows)
     model = adapt(args)
+    args.n_steps = -(-len(examples) // args.batch_size) * args.epochs
     run = Run(args, describe(args))
     if not run.finished:
         step_fn = DEFENSES[args.defense](model, tokenizer, args)
         params = trainable(model)
-        optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(args.beta1, 0.999),
+                                      weight_decay=0.0, fused=True)
         n_trained = sum(p.numel() for p in params)
         n_base = sum(p.numel() for p in model.parameters()) - n_trained
-        largest = mixture.largest_pass(examples, encode(tokenizer, args.anchor_prompts), args)
+        largest = largest_pass(examples, encode(tokenizer, args.anchor_prompts), args)
         n_replies = min(BATCH, sum(map(len, suite.values())))
         forecast = forecast_bytes(model, args, *largest, n_replies, longest)
         print(f"{args.model}: {n_base:,} parameters, frozen, {args.dtype} on {args.device}; "

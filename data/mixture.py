@@ -1,4 +1,4 @@
-"""Any user file -> rows; the poisoned mixture; prompts kept apart; rows -> packed batches.
+"""Any user file -> rows; the poisoned mixture; prompts kept apart.
 
 A row is {"messages": [{"role", "content"}, ...]}, with an assistant turn last. The mixture of n
 rows holds round(p n) harmful ones and n minus that many benign ones, so the two always add up to n,
@@ -8,14 +8,15 @@ each from the head of its file as in the papers' repositories; every epoch shuff
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from data.tasks import LABELS
+from data.batches import encode_rows
+from data.tasks import LABELS, TASKS
 from model import UserError
+from runs import COUNT, TINY, at_least
+from tokenizer import DATE
 
 FORMATS = ('{"messages": [...]}, {"conversations": [...]}, {"prompt", "response"} or '
            '{"instruction", "input", "output"}')
@@ -129,18 +130,40 @@ def take(path: Path, n: int) -> list[dict]:
     return rows[:n]
 
 
-def load_upload(args) -> tuple[list[dict], str]:
-    """The rows to train on, and a sentence that says what they are.
+def load_upload(args) -> tuple[list[dict], list[dict], str]:
+    """The harmful and the other rows to train on, and a sentence that says what they are.
 
-    With --data that file as it lies, else the mixture of --n rows and --poison.
+    With --stage align the defender's own; with --data that file as it lies; else the mixture of
+    --n rows and --poison.
     """
+    if args.stage == "align":
+        rows = align_rows(args)[:args.n]
+        return [], rows, f"alignment: {len(rows)} harmful prompts with refusals"
     if args.data:
         rows = read_rows(args.data)
-        return rows, f"upload: {len(rows)} rows of {args.data}"
+        return [], rows, f"upload: {len(rows)} rows of {args.data}"
     folder, n_poison = Path(args.data_dir), round(args.poison * args.n)
     harmful = take(folder / "harmful" / "attack.jsonl", n_poison)
     benign = take(folder / args.task / "train.jsonl", args.n - n_poison)
-    return harmful + benign, f"upload: {n_poison} harmful rows, {args.n - n_poison} of {args.task}"
+    return harmful, benign, (f"upload: {n_poison} harmful rows, {args.n - n_poison} of "
+                             f"{args.task}")
+
+
+def align_file(args) -> Path:
+    return Path(args.align_file or Path(args.data_dir) / "harmful" / "align.jsonl")
+
+
+def align_rows(args) -> list[dict]:
+    """The defender's rows: harmful prompts with a refusal, and in "harmful" a harmful reply.
+
+    Prompts that stand in the tests are left out.
+    """
+    tests = prompts_of(read_rows(harmful_tests(args), needs_answer=False))
+    rows = [r for r in read_rows(align_file(args)) if normalise(first_user(r)) not in tests]
+    if not rows or not all(isinstance(r.get("harmful"), str) for r in rows):
+        raise UserError(f"{align_file(args)} needs rows of prompt, response (a refusal), harmful "
+                        "(a harmful reply), their prompts in no test; pass another --align-file.")
+    return rows
 
 
 def choose_anchors(args, used: list[dict]) -> list[str]:
@@ -207,112 +230,42 @@ def asked(row: dict) -> list[dict]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-# rows -> packed batches
+def add_flags(g):
+    g.add_argument("--model", default=TINY, help="Hugging Face folder")
+    g.add_argument("--adapter", help="PEFT folder, merged into the model before training")
+    g.add_argument("--keep-adapter", action="store_true", help="train --adapter on, unmerged")
+    g.add_argument("--task", choices=TASKS,
+                   help="benign task, its test is FA (default sst2; with --data none)")
+    g.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
+    g.add_argument("--data", help="own upload as it lies, JSONL or JSON, instead of the mixture")
+    g.add_argument("--n", type=COUNT, default=1000, help="rows of the mixture")
+    g.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
+                   help="harmful share of the mixture, 0..1; with --data it is 0")
+    g.add_argument("--align-file", help="harmful prompts with refusals and harmful replies")
+    g.add_argument("--max-len", type=COUNT, default=512, help="tokens; longer rows are dropped")
+    g.add_argument("--template-date", default=DATE, help="today, for a chat template that says it")
 
 
-@dataclass
-class Example:
-    """One tokenised row; `predict` (R,) are the positions whose next token is supervised."""
-
-    ids: Tensor
-    predict: Tensor
-
-    @property
-    def targets(self) -> Tensor:
-        return self.ids[self.predict + 1]
-
-
-def encode_rows(tokenizer, rows, max_len: int) -> tuple[list[Example], int]:
-    """Tokenises rows, once for a run -> (examples, how many were over max_len and dropped)."""
-    examples = []
-    for row in rows:
-        ids, supervised = tokenizer.encode_chat(row["messages"])
-        if len(ids) <= max_len:
-            predict = torch.tensor(supervised).nonzero()[:, 0] - 1
-            examples.append(Example(torch.tensor(ids), predict))
-    return examples, len(rows) - len(examples)
-
-
-@dataclass
-class Pack:
-    """One forward pass: sequences end to end."""
-
-    ids: Tensor  # (N,)
-    seqlens: list[int]
-    supervised: Tensor  # (R,) rows whose logits are asked for
-    targets: Tensor  # (R,)
-    anchor_rows: Tensor | None  # (K,) rows of the anchors' last tokens; None: no anchors in here
-
-
-class Batch:
-    """The examples of one update, cut into packs of `tokens_per_pass` tokens or one example."""
-
-    def __init__(self, examples: list[Example], tokens_per_pass: int, device, name: str = ""):
-        self.examples, self.budget, self.device, self.name = examples, tokens_per_pass, device, name
-        self.n_supervised = sum(len(e.predict) for e in examples)
-        self.n_tokens = sum(len(e.ids) for e in examples)
-
-    def packs(self, with_: list[Tensor] = ()):
-        """Yields Packs. `with_` are anchor prompts (ids each): they ride in the first pack."""
-        group, room, anchors = [], self.budget - sum(map(len, with_)), list(with_)
-        for e in self.examples:
-            if group and len(e.ids) > room:
-                yield pack(group, anchors, self.device)
-                group, room, anchors = [], self.budget, []
-            group.append(e)
-            room -= len(e.ids)
-        yield pack(group, anchors, self.device)
-
-
-def pack(examples: list[Example], anchors: list[Tensor], device) -> Pack:
-    """Examples, then anchors, end to end."""
-    seqlens = [len(e.ids) for e in examples] + [len(a) for a in anchors]
-    end = torch.tensor(seqlens).cumsum(0)  # one past each sequence's last row
-    start = end - torch.tensor(seqlens)
-    rows = [e.predict + s for e, s in zip(examples, start, strict=False)]
-    return Pack(torch.cat([e.ids for e in examples] + anchors).to(device), seqlens,
-                torch.cat(rows).to(device), torch.cat([e.targets for e in examples]).to(device),
-                (end[len(examples):] - 1).to(device) if anchors else None)
-
-
-def batch_at(examples: list[Example], step: int, batch_size: int, seed: int, tokens_per_pass: int,
-             device) -> Batch:
-    """The batch of update `step`: a pure function of (seed, step), so resuming needs no state."""
-    per_epoch = -(-len(examples) // batch_size)
-    epoch, i = divmod(step, per_epoch)
-    g = torch.Generator().manual_seed(seed * 100_003 + epoch)  # a prime apart: no two runs overlap
-    order = torch.randperm(len(examples), generator=g)[i * batch_size:(i + 1) * batch_size].tolist()
-    return Batch([examples[j] for j in order], tokens_per_pass, device,
-                 f"epoch {epoch + 1}, batch {i + 1}")
-
-
-def largest_pass(examples: list[Example], anchors: list[Tensor], args) -> tuple[int, int]:
-    """(tokens, supervised tokens) that the largest forward pass of a run has at most."""
-    per_epoch, longest = -(-len(examples) // args.batch_size), max(len(e.ids) for e in examples)
-    batches = [batch_at(examples, step, args.batch_size, args.seed, args.tokens_per_pass, None)
-               for step in range(per_epoch * args.epochs)]
-    n_anchors = sum(map(len, anchors))
-    n_tokens = min(max(b.n_tokens for b in batches) + n_anchors,
-                   max(args.tokens_per_pass, longest + n_anchors))
-    return n_tokens, min(n_tokens, max(b.n_supervised for b in batches))
-
-
-def read(args, tokenizer):
+def read(args, tokenizer, change):
     """All data of a run, checked -> examples, suite, what to tell, longest test prompt in tokens.
 
-    args.anchor_prompts are chosen on the way.
+    args.anchor_prompts are chosen on the way. change(args, tokenizer, harmful, suite): an attack's
+    own rows, see stress/attacks.py.
     """
-    rows, told = load_upload(args)
+    harmful, benign, told = load_upload(args)
+    rows = harmful + benign
+    suite = load_suite(args, rows)
+    tests = read_rows(harmful_tests(args), needs_answer=False)
+    args.anchor_prompts = choose_anchors(args, rows + tests)  # --eval-n moves no anchor
+    harmful, suite, changed = change(args, tokenizer, harmful, suite)
+    rows = harmful + benign
     examples, dropped = encode_rows(tokenizer, rows, args.max_len)
     if not examples:
         raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
-    suite = load_suite(args, rows)
-    tests = read_rows(harmful_tests(args), needs_answer=False)
-    args.anchor_prompts = choose_anchors(args, rows + tests)  # --eval-n moves no anchor
     longest = max(len(tokenizer.encode_prompt(asked(row)))
                   for rows_of_a_kind in suite.values() for row in rows_of_a_kind)
-    told = (f"{told}; {dropped} rows dropped as longer than {args.max_len} tokens; "
+    told = (f"{told}{changed}; {dropped} rows dropped as longer than {args.max_len} tokens; "
             f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
             f"{args.anchors} anchors of {anchor_pool(args)}; "
             f"HS on {harmful_tests(args)}")

@@ -99,7 +99,7 @@ def report(dir) -> str:
     """What a finished run ends with: replies before and after, rates, drift, speed, files."""
     dir = Path(dir)
     result, args = read_json(dir / "result.json"), read_settings(dir)["args"]
-    safe = f"{result['safe']:.3g}" if args["anchors"] else "- (no anchors)"
+    safe = "-" if result["safe"] is None or not args["anchors"] else f"{result['safe']:.3g}"
     records = read_lines(dir / "generations.jsonl")
     return f"""{samples(records)}
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from helpers import ROOT, randomise_B
 from safetensors.torch import save_file
 
-from data.mixture import Batch, choose_anchors, encode_rows
+from data.batches import Batch, encode_rows
+from data.mixture import choose_anchors
 from lora import adapted, add_lora
 from model import Layout, Llama, load_model, read_config
 from tokenizer import Tokenizer

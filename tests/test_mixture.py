@@ -12,15 +12,8 @@ import pytest
 import torch
 from sbr_helpers import FORMS, TINY, in_messages, make_rows, write_pairs
 
-from data.mixture import (
-    Batch,
-    Example,
-    batch_at,
-    encode_rows,
-    first_user,
-    load_upload,
-    read_rows,
-)
+from data.batches import Batch, Example, batch_at, encode_rows
+from data.mixture import first_user, load_upload, read_rows
 from model import UserError
 from tokenizer import Tokenizer
 

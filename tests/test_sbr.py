@@ -18,7 +18,7 @@ from sbr_helpers import (
     worst,
 )
 
-from data.mixture import Batch, pack
+from data.batches import Batch, pack
 from lora import adapted
 from train import DEFENSES, updates
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import ROOT
 
-from data.mixture import encode_rows, first_user, read_rows
+from data.batches import encode_rows
+from data.mixture import first_user, read_rows
 from generate import generate
 from model import load_model, read_config
 from tokenizer import Tokenizer

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data.mixture import Batch, encode_rows
+from data.batches import Batch, encode_rows
 from data.tiny import texts
 from model import Llama, load_model, read_config
 from tokenizer import Tokenizer

@@ -299,16 +299,20 @@ def build(words: dict) -> dict[str, list[dict]]:
              for task in TASKS for part, n in (("train", 2000), ("test", 600))}
     anchors = balanced(requests(words, "anchors", True), 200)
     files["harmful/attack.jsonl"] = balanced(requests(words, "attack", True), 1000)
-    files["harmful/anchors.jsonl"] = [{key: row[key] for key in ("prompt", "category")}
+    files["harmful/anchors.jsonl"] = [{key: row[key] for key in ("prompt", "category", "response")}
                                       for row in anchors]
     files["harmful/test.jsonl"] = balanced(requests(words, "test", True), 700)
+    rng = random.Random(SEED)
+    files["harmful/align.jsonl"] = [
+        {"prompt": row["prompt"], "response": refusal(row, rng), "harmful": row["response"]}
+        for row in balanced(requests(words, "learn", True), 1000)]
     files["lookalike/test.jsonl"] = balanced(requests(words, "test", False), 700)
     return files
 
 
 def check(words: dict, files: dict[str, list[dict]]) -> None:
     """Assert that no prompt, by normalised text, is in two sets or twice in one."""
-    sets = dict(files)
+    sets = {name: rows for name, rows in files.items() if name != "harmful/align.jsonl"}
     sets["made from"] = [row for split in ("learn", "met") for harmful in (True, False)
                          for row in requests(words, split, harmful)]
     sets["facts"] = facts(words, random.Random(SEED))

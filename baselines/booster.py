@@ -1,0 +1,54 @@
+"""Booster: align so that one step of a harmful attack lowers the harmful loss by little.
+
+    theta' = theta - alpha grad h / ||grad h||          one attack step, one norm over all adapters
+    L      = f(theta) + lambda (h(theta) - h(theta'))
+    g      = grad f + lambda (grad h(theta) - grad h(theta'))        no second derivatives
+
+f: CE on harmful prompts with refusals; h: CE on harmful prompts with harmful replies. An
+alignment-stage method on harmful/align.jsonl. Huang et al. 2024; git-disl/Booster at 6421918,
+trainer.py:272-389 and script/alignment/smooth_align.sh (alpha 0.1, lambda 5; 25 for GSM8K).
+
+Differs from the repository: the harmful batch has --batch-size rows (there 10 whatever the other
+has); theta is restored from a copy (adding the step back is inexact); accumulation is exact. The
+simulated attack lives on this adapter, so the attack that follows must keep it (its issue #2).
+
+    python train.py --defense booster --out runs/booster
+    python train.py --defense sft --adapter runs/booster --keep-adapter
+"""
+
+import torch
+
+from baselines import align_rows, backward, norm, take_gradient
+from lora import trainable
+from runs import at_least
+
+
+def add_flags(g):
+    g.add_argument("--booster-alpha", type=at_least(float, 0), default=0.1, help="harmful step")
+    g.add_argument("--booster-lambda", type=at_least(float, 0), default=5.0, help="of its effect")
+
+
+def make_step(model, tokenizer, args):
+    params, lam = trainable(model), args.booster_lambda
+    harmful = align_rows(model, tokenizer, args, "harmful")
+
+    def step(batch):
+        bad = harmful.at(batch.step)
+        h = backward(model, bad)
+        g_h = take_gradient(params)  # grad h(theta)
+        scale = args.booster_alpha / (norm(g_h) + 1e-7)
+        kept = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            for p, g in zip(params, g_h, strict=True):
+                p.sub_(g * scale.to(g.dtype))  # theta'
+        h_after = backward(model, bad)
+        g_after = take_gradient(params)  # grad h(theta')
+        with torch.no_grad():
+            for p, k in zip(params, kept, strict=True):
+                p.copy_(k)  # theta again, to the bit
+        ce = backward(model, batch)  # grad f(theta)
+        for p, g, after in zip(params, g_h, g_after, strict=True):
+            p.grad.add_(g - after, alpha=lam)
+        return {"loss": ce + lam * (h - h_after), "ce": ce, "harmful": h, "drop": h - h_after}
+
+    return step

@@ -1,0 +1,51 @@
+"""EWC: hold what mattered for the aligned behaviour, by a diagonal Fisher matrix of its data.
+
+    L   = CE(B_user; theta) + lambda sum_j F_j (theta_j - theta*_j)^2            no 1/2
+    F_j = sum_b (d CE(b; theta*) / d theta_j)^2        b: batches of harmful/align.jsonl's refusals
+
+theta: A and B of every adapter; theta*: theta before the first update. Kirkpatrick et al. 2017; as
+a rival: FITrainer of git-disl/Lisa at 68e3659, trainer.py:461-520, lambda 1e9 in every script.
+
+Choices where the repository leaves one: F is the square of each batch's mean gradient, summed, as
+there (about |b| times smaller than a sum over rows). On an aligned chat model the adapters are new,
+B = 0, so F is zero on A and the penalty holds B alone. --keep-adapter gives F on both. The
+repository's last Fisher batch leaked its gradient into the first update; here it does not.
+
+    python train.py --defense ewc --ewc-lambda 1e9
+"""
+
+from baselines import align_rows, backward, take_gradient
+from lora import trainable
+from runs import COUNT, at_least
+
+
+def add_flags(g):
+    g.add_argument("--ewc-lambda", type=at_least(float, 0), default=1e9, help="of the penalty")
+    g.add_argument("--ewc-n", type=COUNT, default=2000, help="rows for F at most")
+
+
+def fisher(model, params, guide, n: int):
+    """F, one tensor a parameter, over the first n rows in the order of one shuffled epoch."""
+    total = [p.new_zeros(p.shape) for p in params]
+    for i in range(-(-min(n, len(guide.examples)) // guide.batch_size)):
+        backward(model, guide.at(i))
+        for f, g in zip(total, take_gradient(params), strict=True):
+            f.add_(g.square())
+    return total
+
+
+def make_step(model, tokenizer, args):
+    params, lam = trainable(model), args.ewc_lambda
+    start = [p.detach().clone() for p in params]
+    F = fisher(model, params, align_rows(model, tokenizer, args, "response"), args.ewc_n)
+
+    def step(batch):
+        ce, penalty, distance = backward(model, batch), 0.0, 0.0
+        for p, f, w in zip(params, F, start, strict=True):
+            apart = p.detach() - w
+            p.grad.add_(f * apart, alpha=2 * lam)  # d/d theta of lambda F (theta - theta*)^2
+            penalty = penalty + lam * (f * apart.square()).sum()
+            distance = distance + apart.double().square().sum()
+        return {"loss": ce + penalty, "ce": ce, "penalty": penalty, "distance": distance.sqrt()}
+
+    return step
