@@ -24,16 +24,17 @@ from tqdm import tqdm
 
 from anchors import Anchors, FinalNorm, encode
 from data import mixture
+from data.kept import Store
 from data.provenance import describe
 from data.tasks import TASKS, check_rule
 from distributed import add_place, forecast_bytes
-from eval import JUDGE, MAX_NEW, evaluate, judge_flags
+from eval import JUDGING, evaluate, judge_flags
 from generate import BATCH, TINY, load_aligned
 from judges import open_judge
 from lora import adapted, add_lora, trainable
 from model import UserError, to_fp32
 from paper.report import report
-from runs import COUNT, POSITIVE, Log, Parser, Run, Store, at_least, exit_code
+from runs import COUNT, POSITIVE, Log, Parser, Run, at_least, exit_code
 from tokenizer import DATE, Tokenizer
 
 
@@ -200,7 +201,8 @@ def output_flags(g):
     g.add_argument("--eval-epochs",
                    help="comma-separated, 0 is before training (default: 0 and the last)")
     g.add_argument("--eval-n", type=COUNT, default=500, help="test prompts of a kind at most")
-    judge_flags(g, JUDGE, MAX_NEW)
+    judge_flags(g)
+    g.set_defaults(**JUDGING)
     g.add_argument("--out", help="folder (default runs/<task>-<defense>-K<k>-lam<l>-s<seed>)")
     g.add_argument("--resume", action="store_true",
                    help="go on from the folder's checkpoint, if there is one")
