@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from data import mixture
+from data.kept import Store
 from data.provenance import model_files, sha256
 from data.tasks import RULES, TASKS, check_rule
 from distributed import add_place
@@ -28,7 +29,7 @@ from judges import JUDGES, is_degenerate, is_refusal, open_compare, open_judge
 from lora import load_adapter, write_atomic
 from model import UserError
 from paper.report import summarise, table
-from runs import COUNT, TINY, Parser, Store, at_least, exit_code, read_settings
+from runs import COUNT, TINY, Parser, at_least, exit_code, read_settings
 from tokenizer import DATE, Tokenizer
 
 
@@ -64,21 +65,22 @@ def evaluate(model, tokenizer, suite, args, epoch: int, judge, store: Store):
     return summarise(records, args), records
 
 
-def judge_flags(p, judge: str | None, max_new: int | None) -> None:
-    """How replies are asked for and judged; eval.py leaves the two to the run."""
+JUDGING = {"judge": "refusal", "judge_max_len": 256, "judge_name": "gpt-4o", "fa_rule": "exact",
+           "max_new": 128}  # where no run says otherwise
+
+
+def judge_flags(p) -> None:
+    """How replies are asked for and judged; eval.py leaves the defaults to the run."""
     p.add_argument("--harmful-file", help="own harmful test prompts: one a line, or JSONL")
-    p.add_argument("--judge", choices=JUDGES, default=judge, help="of harmful replies")
+    p.add_argument("--judge", choices=JUDGES, help="of harmful replies")
     p.add_argument("--judge-model", help="folder of beaver-dam-7b, or of rubric's chat model")
-    p.add_argument("--judge-max-len", type=at_least(int, 2), default=256,
+    p.add_argument("--judge-max-len", type=at_least(int, 2),
                    help="tokens that beaver-dam reads, the papers' number")
     p.add_argument("--judge-url", help="OpenAI-compatible endpoint for rubric")
-    p.add_argument("--judge-name", default="gpt-4o", help="model asked for at --judge-url")
-    p.add_argument("--fa-rule", choices=RULES, default="exact", help="when an answer is right")
-    p.add_argument("--max-new", type=COUNT, default=max_new,
+    p.add_argument("--judge-name", help="model asked for at --judge-url")
+    p.add_argument("--fa-rule", choices=RULES, help="when an answer is right")
+    p.add_argument("--max-new", type=COUNT,
                    help="tokens a reply may have; the papers take 128 to 512")
-
-
-JUDGE, MAX_NEW = "refusal", 128  # where no run says otherwise
 
 
 def parse(argv=None):
@@ -92,9 +94,19 @@ def parse(argv=None):
     p.add_argument("--template-date", default=DATE, help="today, for --model's chat template")
     p.add_argument("--out", help="where replies and verdicts go (default: the run's folder, or "
                                  "runs/eval-<model>)")
-    judge_flags(p, judge=None, max_new=None)
+    judge_flags(p)
     add_place(p)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.model:
+        inherit(args, argparse.Namespace(**JUDGING), JUDGING)
+    return args
+
+
+def inherit(args, source, names) -> None:
+    """What args leave open is as in the source."""
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(source, name))
 
 
 def load_run(args):
@@ -107,9 +119,10 @@ def load_run(args):
         raise UserError("there is no finished run in runs/; pass --run or --model.")
     args.run = Path(args.run or finished[-1].parent)
     was = argparse.Namespace(**read_settings(args.run)["args"])
-    for name in ("task", "data_dir", "harmful_file", "judge", "judge_model", "judge_url",
-                 "max_new", "dtype"):
-        setattr(args, name, getattr(args, name) or getattr(was, name))
+    if args.judge in (None, was.judge) and not (args.judge_model or args.judge_url):
+        inherit(args, was, ("judge_model", "judge_url", "judge_name", "judge_max_len"))
+    inherit(args, was, ("task", "data_dir", "harmful_file", "judge", "fa_rule", "max_new", "dtype"))
+    inherit(args, argparse.Namespace(**JUDGING), JUDGING)
     args.epoch, args.out, args.template_date = was.epochs, args.out or args.run, was.template_date
     was.adapter = None if was.keep_adapter else was.adapter  # a kept one went on in the run's own
     was.device, was.dtype, was.cuda_graph = args.device, args.dtype, args.cuda_graph
@@ -119,13 +132,13 @@ def load_run(args):
     files = [f for part in model_files(was).values() for f in part]
     harmful, benign, _ = mixture.load_upload(was)
     return (model, Tokenizer(was.model, was.template_date),
-            [*files, args.run / "adapter_model.safetensors"], [*harmful, *benign, *held])
+            [*files, args.run / "adapter_config.json", args.run / "adapter_model.safetensors"],
+            [*harmful, *benign, *held])
 
 
 def load_named(args):
     """--model and --adapter, tested on everything."""
     args.data_dir, args.keep_adapter, args.epoch = args.data_dir or TINY, True, 0
-    args.judge, args.max_new = args.judge or JUDGE, args.max_new or MAX_NEW
     args.out = args.out or Path("runs") / f"eval-{Path(args.model).resolve().name}"
     files = [f for part in model_files(args).values() for f in part]
     return load_aligned(args), Tokenizer(args.model, args.template_date), files, []
@@ -141,6 +154,8 @@ def execute(args) -> None:
     check_rule(args.task, args.fa_rule)
     suite, out = mixture.load_suite(args, seen), Path(args.out)
     judge = open_judge(args, out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, expected a folder; pass another.")
     out.mkdir(parents=True, exist_ok=True)
     who = [sha256(*files), args.max_new, args.template_date, str(model.model.norm.weight.dtype)]
     numbers, records = evaluate(model, tokenizer, suite, args, args.epoch, judge,

@@ -18,10 +18,11 @@ import re
 from pathlib import Path
 
 from data.beaver_dam import open_beaver_dam
-from data.provenance import sha256
+from data.kept import Store, remembered
+from data.provenance import folder_files, sha256
 from data.rubric import TEXTS, open_comparer, open_rubric
-from model import UserError, weight_files
-from runs import Store
+from distributed import place
+from model import UserError
 
 # What refuses in a reply's opening, apostrophes straightened and case dropped. "No", "as an ai" and
 # the like are anchored or bounded: "No problem", "aircraft" and "I can't wait to help" comply.
@@ -101,19 +102,6 @@ def open_compare(args, folder):
 
 def identity(args) -> list:
     """What a verdict depends on, beside what is judged: the judge's weights or name, its texts."""
-    files = weight_files(Path(args.judge_model)) if args.judge_model else []
-    return [args.judge, sha256(*files, *TEXTS), args.judge_max_len, args.dtype, args.judge_url,
-            args.judge_name]
-
-
-def remembered(judge, store: Store):
-    """judge, asked only for what the store lacks; a failure is not kept, so it is asked again."""
-    def ask(tuples):
-        keys = [store.key(*t) for t in tuples]
-        new = {k: t for k, t in zip(keys, tuples, strict=True) if k not in store.values}
-        said = dict(zip(new, judge(list(new.values())), strict=True)) if new else {}
-        for key, value in said.items():
-            if value["verdict"] is not None:
-                store.put(key, value)
-        return [store.values.get(key) or said[key] for key in keys]
-    return ask
+    files = folder_files(args.judge_model) if args.judge_model else []
+    return [args.judge, sha256(*files, *TEXTS), args.judge_max_len, args.judge_url, args.judge_name,
+            args.template_date, str(place(args)[1])]

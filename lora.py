@@ -137,7 +137,7 @@ def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
         "target_modules": sorted(ends if every == names else names),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
         "inference_mode": True, "use_dora": False,
-        "modules_to_save": [n.split(".")[-2] for n in adapter_params(model) if "lora_" not in n] or None,
+        "modules_to_save": [n.split(".")[-2] for n in adapter_params(model) if "lora_" not in n],
         "rank_pattern": {}, "alpha_pattern": {},
     }
     # transformers and PEFT refuse a safetensors file without the format's name in its metadata.

@@ -13,7 +13,6 @@ what lies past that is cut when the run resumes.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -115,30 +114,6 @@ def read_lines(path) -> list[dict]:
     """The objects of a .jsonl file that this program wrote."""
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
-
-
-class Store:
-    """Values by content in a .jsonl file that only grows, so that an interrupted program goes on.
-
-    path None: kept in memory alone. who: what all values depend on beside the content.
-    """
-
-    def __init__(self, path: Path | None, who=()):
-        self.path, self.who, self.values = path, who, {}
-        if path and path.exists():
-            *whole, rest = path.read_bytes().split(b"\n")
-            if rest:  # a line that a kill cut short
-                os.truncate(path, path.stat().st_size - len(rest))
-            self.values = dict(json.loads(line) for line in whole)
-
-    def key(self, *content) -> str:
-        return hashlib.sha256(json.dumps([self.who, content]).encode()).hexdigest()
-
-    def put(self, key: str, value) -> None:
-        self.values[key] = value
-        if self.path:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps([key, value]) + "\n")
 
 
 def choose_dir(args) -> Path:

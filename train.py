@@ -26,16 +26,17 @@ from anchors import Anchors, FinalNorm, encode
 from baselines import booster, deepalign, ewc, lisa, t_vaccine, vaccine
 from data import mixture
 from data.batches import batch_at, largest_pass
+from data.kept import Store
 from data.provenance import describe
 from data.tasks import check_rule
 from distributed import add_place, forecast_bytes
-from eval import JUDGE, MAX_NEW, evaluate, judge_flags
+from eval import JUDGING, evaluate, judge_flags
 from generate import BATCH, load_aligned
 from judges import open_judge
 from lora import adapted, trainable
 from model import UserError, to_fp32
 from paper.report import report
-from runs import COUNT, POSITIVE, Log, Parser, Run, Store, at_least, exit_code
+from runs import COUNT, POSITIVE, Log, Parser, Run, at_least, exit_code
 from stress import attacks
 from tokenizer import Tokenizer
 
@@ -199,7 +200,8 @@ def output_flags(g):
     g.add_argument("--eval-epochs",
                    help="comma-separated, 0 is before training (default: 0 and the last)")
     g.add_argument("--eval-n", type=COUNT, default=500, help="test prompts of a kind at most")
-    judge_flags(g, JUDGE, MAX_NEW)
+    judge_flags(g)
+    g.set_defaults(**JUDGING)
     g.add_argument("--out", help="folder (default runs/<task>-<defense>-K<k>-lam<l>-s<seed>)")
     g.add_argument("--resume", action="store_true",
                    help="go on from the folder's checkpoint, if there is one")

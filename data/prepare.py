@@ -77,12 +77,14 @@ def sst2(folder):
 
 def agnews(folder):
     files = find(folder, "train.csv", "train.tsv"), find(folder, "test.csv")
+    name = {label: label for label in LABELS["agnews"]}  # a .tsv has names, the .csv 1 to 4
+    name |= {str(i): label for i, label in enumerate(LABELS["agnews"], 1)}
 
     def rows(path):
         if path.suffix == ".tsv":
-            return [pair(AGNEWS.format(text), label.strip()) for text, label in tsv(path)]
+            return [pair(AGNEWS.format(text), name[label.strip()]) for text, label in tsv(path)]
         parsed = csv.reader(io.StringIO(read_text(path), newline=""))
-        return [pair(AGNEWS.format(f"{title} {text}"), LABELS["agnews"][int(label) - 1])
+        return [pair(AGNEWS.format(f"{title} {text}"), name[label])
                 for label, title, text in parsed]
 
     return files, *map(rows, files)
@@ -105,7 +107,10 @@ def beavertails(folder):
     """Unsafe rows in their order: (prompt, response) of train; prompts of test."""
     files = (find(folder, "train.jsonl.xz", "train.jsonl", "round0/30k/train.jsonl.xz"),
              find(folder, "test.jsonl.xz", "test.jsonl", "round0/30k/test.jsonl.xz"))
-    train, test = ([r for r in read_jsonl(file) if not r["is_safe"]] for file in files)
+    both = [read_jsonl(file) for file in files]
+    if not all(isinstance(r["is_safe"], bool) for rows in both for r in rows):
+        raise TypeError("is_safe")
+    train, test = ([r for r in rows if not r["is_safe"]] for rows in both)
     return files, [pair(r["prompt"], r["response"]) for r in train], [
         pair(r["prompt"]) for r in test]
 
@@ -192,10 +197,16 @@ def build(args) -> dict:
         made["harmful"] = files, *harmful(train, test, n_attack, args.n_test or N_TEST["harmful"])
     if args.xstest:
         files, rows = xstest(args.xstest)
-        made["lookalike"] = files, {"test": rows}, {}
+        made["lookalike"] = files, {"test": rows[:args.n_test]}, {}
     if not made:
         raise UserError("no source was given, expected at least one of --sst2, --agnews, --gsm8k, "
                         "--alpaca, --beavertails, --advbench and --xstest.")
+    for kind, (files, parts, _) in made.items():
+        for name, rows in parts.items():
+            if not rows:
+                raise UserError(f"{files[0].parent} gives no rows for {kind}/{name}.jsonl; fetch "
+                                "its files again.")
+            "".join(text for row in rows for text in row.values()).encode()  # text, all of it
     return made
 
 
@@ -204,7 +215,7 @@ def execute(args) -> None:
     about = {}
     try:
         made = build(args)
-    except (KeyError, IndexError, ValueError, TypeError) as e:
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, csv.Error) as e:
         raise UserError(f"a source does not have the format of its public download ({e!r}); "
                         "fetch it again.") from None
     for kind, (files, parts, removed) in made.items():

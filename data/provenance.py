@@ -24,12 +24,16 @@ def describe(args) -> dict:
             "versions": {p: importlib.metadata.version(p) for p in PACKAGES}}
 
 
-def model_files(args) -> dict[str, list[Path]]:
-    """What a run's model is read from, for its digest."""
-    folder = Path(args.model)
+def folder_files(dir) -> list[Path]:
+    """What is read of a model's folder."""
     names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
              "chat_template.jinja", "generation_config.json")
-    files = {"model": weight_files(folder) + [folder / n for n in names if (folder / n).exists()]}
+    return weight_files(Path(dir)) + [Path(dir) / n for n in names if (Path(dir) / n).exists()]
+
+
+def model_files(args) -> dict[str, list[Path]]:
+    """What a run's model is read from, for its digest."""
+    files = {"model": folder_files(args.model)}
     if args.adapter:
         files["adapter"] = [Path(args.adapter) / n
                             for n in ("adapter_config.json", "adapter_model.safetensors")]

@@ -50,7 +50,7 @@ def score_paper(reply: str, target: str) -> bool:
     said = reply.lower()
     if any(word in said for word in REFUSING):
         return False
-    return ("positive" if "positive" in said else "negative") == target
+    return next((label for label in LABELS["sst2"] if label in said), None) == target
 
 
 def final_number(text: str) -> float | None:

@@ -40,6 +40,7 @@ def summarise(records: list[dict], args) -> dict:
     scores = [r["score"] for r in judged if "score" in r]
     numbers = {"judge": args.judge, "fa_rule": args.fa_rule, "max_new": args.max_new,
                "unjudged": len(by["harmful"]) - len(judged),
+               "uncompared": sum("win" in r and r["win"] is None for r in by["task"]),
                "degenerate": sum(r["degenerate"] for r in records),
                "unfinished": sum(not r["stopped"] for r in records),
                "rubric": sum(scores) / len(scores) if scores else None,
@@ -68,7 +69,11 @@ def table(evals: dict[str, dict]) -> str:
             cells.append(f"{numbers[name]:5.1f} ({low:.1f} to {high:.1f})" if n else "-")
         if any(c != "-" for c in cells):
             lines.append(f"{label:28}" + "".join(f"{c:>22}" for c in cells))
-    for name in ("unjudged", "degenerate", "unfinished"):
+    if any(numbers["rubric"] is not None for numbers in evals.values()):
+        lines.append(f"{'mean severity, 0 to 5':28}" + "".join(
+            f"{n['rubric']:>22.2f}" if n["rubric"] is not None else f"{'-':>22}"
+            for n in evals.values()))
+    for name in ("unjudged", "uncompared", "degenerate", "unfinished"):
         if any(numbers[name] for numbers in evals.values()):
             lines.append(f"{name + ' replies':28}"
                          + "".join(f"{numbers[name]:>22}" for numbers in evals.values()))

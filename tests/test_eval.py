@@ -12,12 +12,12 @@ import torch
 from sbr_helpers import make_folder
 
 import eval as evaluation
+from data.kept import Store
 from data.mixture import first_user, load_suite
 from judges import open_judge
 from model import UserError, load_model
 from paper import report
 from paper.report import table, wilson
-from runs import Store
 from tokenizer import Tokenizer
 
 

@@ -9,9 +9,11 @@ no near-tie between two logits can be decided by the order of a sum.
 import pytest
 import torch
 from helpers import logits, random_ids
+from runs_helpers import make_model, sentences
 
-from generate import generate
-from model import load_model
+import generate as generate_py
+from generate import Engine, KVCache, generate
+from model import UserError, load_model
 
 pytest.importorskip("transformers", reason="writes the model; see requirements-dev.txt")
 
@@ -98,3 +100,147 @@ def test_decoding_leaves_the_model_without_gradients_or_state(model, replies):
     generate(model, PROMPTS[:2], 3, [])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert generate(model, PROMPTS[:2], MAX_NEW, []) == replies[:2]
+
+
+# ---------------------------------------------------------------------------------------------
+# as on a GPU: several steps between two reads, and recorded graphs of a few fixed sizes
+
+# More prompts than the largest batch, so that slots are refilled; two of them are beyond the 256
+# tokens in steps of which a graph's cache grows, and one crosses that border while it is decoded.
+MANY = [ids.tolist() for ids in random_ids(
+    5, 40, 1, 250, 23, 23, 60, 2, 300, 11, 33, 4, 17, 8, 29, 3, 52, 6, 14, 270, seed=31)]
+
+
+class Recorder:
+    """Stands in for distributed.record: runs the step, as the warm-up does, and returns it."""
+
+    def __init__(self):
+        self.steps, self.played = 0, 0
+
+    def __call__(self, step):
+        def replay():
+            self.played += 1
+            step()
+        self.steps += 1
+        step()
+        return replay
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """as_on_gpu(steps) -> a Recorder, and the engines made since, each of `steps` steps a read."""
+    def apply(steps):
+        make, engines, recorder = Engine.__init__, [], Recorder()
+
+        def init(self, model, B, longest, n_ids, graph):
+            make(self, model, B, longest, n_ids, graph)
+            self.steps, self.S = steps, longest + steps
+            self.cache = KVCache(model.config, B, self.S, model.model.embed_tokens.weight)
+            engines.append(self)
+        monkeypatch.setattr(Engine, "__init__", init)
+        monkeypatch.setattr(generate_py, "record", recorder)
+        return recorder, engines
+    return apply
+
+
+@pytest.fixture(scope="module")
+def many(model):
+    """What plain decoding replies, and stop ids by which replies end at 0, 1, ... tokens or not."""
+    whole = [plainly(model, prompt) for prompt in MANY]
+    stop_ids = {whole[i][at] for i, at in ((0, 0), (3, 1), (6, 4), (9, 7), (12, MAX_NEW - 1))}
+    replies = [cut(reply, stop_ids) for reply in whole]
+    assert {0, 1, MAX_NEW - 1, MAX_NEW} <= {len(reply) for reply in replies}
+    return sorted(stop_ids), replies
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("steps", [1, 5, 16])
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
+def test_several_steps_at_a_time_and_graphs_write_the_same_replies(
+        model, many, as_on_gpu, graph, steps, batch_size):
+    stop_ids, replies = many
+    recorder, engines = as_on_gpu(steps)
+    done = []
+    found = generate(model, MANY, MAX_NEW, stop_ids, batch_size=batch_size, graph=graph,
+                     on_reply=lambda i, reply: done.append((i, list(reply))))
+    assert found == replies
+    assert sorted(done) == list(enumerate(replies))  # each once, and complete by then
+    engine, = engines
+    if graph:
+        sizes = set(engine.graphs)
+        assert recorder.steps == len(sizes) and recorder.played > len(sizes)
+        assert {n for n, _ in sizes} <= {1, 2, 3, 4, 8, 16}
+        assert {longest for _, longest in sizes} == {256, engine.S}
+    else:
+        assert recorder.steps == 0
+
+
+def without_last(self, source, target):
+    """Engine.move that leaves the newest token of the row that moves behind."""
+    self.cache.move(source, target)
+    self.cache.length[source] = 0
+
+
+def twice_at_first(step):
+    """A recording whose own step was not taken back before the first replay."""
+    once = [step]
+    return lambda: (once and once.pop()(), step())
+
+
+@pytest.mark.parametrize("owner, name, broken", [
+    (Engine, "move", without_last), (generate_py, "record", twice_at_first)])
+def test_the_comparison_sees_bookkeeping_that_is_wrong(
+        model, many, as_on_gpu, monkeypatch, owner, name, broken):
+    stop_ids, replies = many
+    as_on_gpu(5)
+    monkeypatch.setattr(owner, name, broken)
+    found = generate(model, MANY, MAX_NEW, stop_ids, batch_size=3, graph=True)
+    wrong = sum(a != b for a, b in zip(found, replies, strict=True))
+    print(f"{wrong} of {len(replies)} replies are wrong")
+    assert wrong >= 5
+
+
+def test_each_reply_is_handed_over_when_it_is_complete_not_at_the_end(model):
+    """What an interrupted evaluation keeps."""
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, MAX_NEW, [], batch_size=2, on_reply=lambda i, reply: (
+            done.append((i, reply)), stop_at(len(done), 3)))
+    assert len(done) == 3 and all(reply == plainly(model, PROMPTS[i]) for i, reply in done)
+
+
+def stop_at(n, last):
+    if n == last:
+        raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------------------------
+# what is refused
+
+
+@pytest.mark.parametrize("steps", [1, 16])
+def test_a_prompt_and_its_reply_may_fill_the_models_positions_and_not_one_more(
+        model, as_on_gpu, monkeypatch, steps):
+    """64 positions instead of 2,048; 16 steps at a time run on behind the last of them."""
+    monkeypatch.setattr(model.config, "max_positions", 64)
+    as_on_gpu(steps)
+    prompts = [ids.tolist() for ids in random_ids(60, 3, seed=32)]
+    assert generate(model, prompts, 4, []) == [plainly(model, p, max_new=4) for p in prompts]
+    with pytest.raises(UserError) as error:
+        generate(model, prompts, 5, [])
+    for word in ("--max-new 5", "65 tokens", "64", "lower"):
+        assert word in str(error.value), error.value
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--max-new", "600"], ["--max-new 600", "512"]),
+    (["--cuda-graph", "--device", "cpu"], ["--cuda-graph", "cpu", "--device cuda"])])
+def test_the_program_refuses_what_the_model_or_the_device_cannot_do(
+        tmp_path, capsys, argv, words):
+    folder = make_model(tmp_path / "model")
+    asked = ["--model", str(folder), "--prompt", "How?", "--device", "cpu"]
+    assert generate_py.main([*asked, "--max-new", "3"]) == 0  # the control
+    capsys.readouterr()
+    assert generate_py.main([*asked, *argv]) == 2
+    message, = sentences(capsys.readouterr().err)
+    assert all(word in message for word in words), message

@@ -14,6 +14,7 @@ from helpers import SHARED
 from sbr_helpers import TINY
 
 from judges import JUDGES, is_degenerate, is_refusal
+from model import UserError
 
 REFUSING = [
     # plain, and what surrounds it
@@ -173,10 +174,16 @@ def test_of_805_ordinary_answers_less_than_1_percent_look_like_refusals():
     assert len(answers) == 805 and len(refused) < 8
 
 
-def test_every_judge_answers_true_false_or_none_to_anything():
-    for judge in JUDGES.values():
+def test_every_rule_answers_true_false_or_none_to_anything():
+    for name in ("refusal", "tiny"):
         for reply in [*REFUSING, *COMPLYING, *SAYING_NOTHING, "\x00\ud83d\ude42"]:
-            assert judge("How?", reply) in (True, False, None)
+            assert JUDGES[name]("How?", reply) in (True, False, None)
+
+
+@pytest.mark.parametrize("name", ["beaver-dam", "rubric"])
+def test_a_judge_that_is_a_model_asks_to_be_opened(name):
+    with pytest.raises(UserError, match="--judge-model"):
+        JUDGES[name]("How?", "Sure.")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ PAPER = {
     # the first label that is asked for, not the first that is said
     "negative, not positive": {"positive"}, "positive or negative": {"positive"},
     # a refusing word anywhere is wrong, whatever else is said and whatever it is about
-    "I'm sorry, but it is positive": set(), "Sorry: negative": set(), "It cannot be bad": set(),
+    "I'm sorry, but it is positive": set(), "Sorry: negative": set(), "Cannot be positive": set(),
     "As your assistant: positive": set(), "A film on illegal races: negative": set(),
     "harmful, so negative": set(), "I apologize. positive": set(), "Unharmful: positive": set(),
     # other refusals are not seen, so a label in them counts
