@@ -74,13 +74,11 @@ def judge_flags(p) -> None:
     p.add_argument("--harmful-file", help="own harmful test prompts: one a line, or JSONL")
     p.add_argument("--judge", choices=JUDGES, help="of harmful replies")
     p.add_argument("--judge-model", help="folder of beaver-dam-7b, or of rubric's chat model")
-    p.add_argument("--judge-max-len", type=at_least(int, 2),
-                   help="tokens that beaver-dam reads, the papers' number")
+    p.add_argument("--judge-max-len", type=at_least(int, 2), help="tokens that beaver-dam reads")
     p.add_argument("--judge-url", help="OpenAI-compatible endpoint for rubric")
     p.add_argument("--judge-name", help="model asked for at --judge-url")
     p.add_argument("--fa-rule", choices=RULES, help="when an answer is right")
-    p.add_argument("--max-new", type=COUNT,
-                   help="tokens a reply may have; the papers take 128 to 512")
+    p.add_argument("--max-new", type=COUNT, help="tokens a reply may have; papers: 128 to 512")
 
 
 def parse(argv=None):
@@ -92,8 +90,7 @@ def parse(argv=None):
     p.add_argument("--data-dir", help=f"folder with the tests (default: the run's, or {TINY})")
     p.add_argument("--n-test", dest="eval_n", type=COUNT, default=1000, help="prompts of a kind")
     p.add_argument("--template-date", default=DATE, help="today, for --model's chat template")
-    p.add_argument("--out", help="where replies and verdicts go (default: the run's folder, or "
-                                 "runs/eval-<model>)")
+    p.add_argument("--out", help="folder (default: the run's, or runs/eval-<model>)")
     judge_flags(p)
     add_place(p)
     args = p.parse_args(argv)

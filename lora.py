@@ -160,9 +160,8 @@ def read_adapter_config(dir) -> dict:
     if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(f"{path} has init_lora_weights {init}, which changes the base too; save it "
                         "with PEFT's path_initial_model_for_weight_conversion.")
-    if set(config.get("modules_to_save") or ()) - {"lm_head", "norm"}:
-        raise UserError(f"{path} has modules_to_save {config['modules_to_save']}, expected no more "
-                        "than lm_head and norm; train such an adapter.")
+    if whole := set(config.get("modules_to_save") or ()) - {"lm_head", "norm"}:
+        raise UserError(f"{path} has modules_to_save {whole}, expected at most lm_head and norm.")
     targets = config.get("target_modules")
     if not targets or not isinstance(targets, (str, list)):  # PEFT would then drop most tensors
         raise UserError(f"{path} has target_modules {targets}, expected names; save it again.")

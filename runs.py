@@ -167,7 +167,7 @@ class Run:
             self._create()
         state = self.dir / "state.safetensors"
         step, sizes = 0, {"log": 0, "generations": 0}
-        done = {"evals": {}, "seconds": 0.0, "tokens": 0, "last": None}
+        done = {"evals": {}, "probes": {}, "seconds": 0.0, "tokens": 0, "last": None}
         if state.exists():
             step, done, sizes = restore(state, model, optimizer, step_fn)
         paths = {name: self.dir / f"{name}.jsonl" for name in sizes}
@@ -217,7 +217,8 @@ class Run:
                   "fa": {e: n["fa"] for e, n in evals.items()},
                   "ce": last["ce"], "safe": last.get("safe"), "seconds": done["seconds"],
                   "tokens_per_second": done["tokens"] / done["seconds"], "peak_bytes": peak_bytes(),
-                  "forecast_bytes": forecast, "evals": evals}
+                  "forecast_bytes": forecast, "evals": evals,
+                  "probes": done["probes"]}
         write_atomic(self.dir / "result.json", json.dumps(result, indent=1).encode())
 
 

@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from anchors import Anchors, FinalNorm, encode
-from baselines import booster, deepalign, ewc, lisa, t_vaccine, vaccine
+from baselines import STAGES, booster, deepalign, ewc, lisa, t_vaccine, vaccine
 from data import mixture
 from data.batches import batch_at, largest_pass
 from data.kept import Store
@@ -38,6 +38,7 @@ from model import UserError, to_fp32
 from paper.report import report
 from runs import COUNT, POSITIVE, Log, Parser, Run, at_least, exit_code
 from stress import attacks
+from stress.probes import epoch_list, make_probe
 from tokenizer import Tokenizer
 
 
@@ -69,9 +70,6 @@ def make_sbr_step(model, tokenizer, args):
 DEFENSES = {"sbr": make_sbr_step, "sft": make_sbr_step, "lisa": lisa.make_step,
             "ewc": ewc.make_step, "deepalign": deepalign.make_step, "vaccine": vaccine.make_step,
             "t-vaccine": t_vaccine.make_step, "booster": booster.make_step}
-# The stages a defence may run in, its own first: on the user's upload or on the defender's rows.
-STAGES = {"sft": ("finetune", "align"), "deepalign": ("finetune", "align"), "vaccine": ("align",),
-          "t-vaccine": ("align",), "booster": ("align",)}
 
 
 def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_steps, start=0):
@@ -89,7 +87,7 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_steps, start=0):
                      "tokens": batch.n_tokens}
 
 
-def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> dict:
+def train(run, model, tokenizer, examples, suite, step_fn, optimizer, probe, args) -> dict:
     """All updates, evaluations and checkpoints from where the folder stands -> what was done."""
     device, judge = model.model.embed_tokens.weight.device, open_judge(args, run.dir)
     n_steps, per_epoch = args.n_steps, args.n_steps // args.epochs
@@ -106,6 +104,8 @@ def train(run, model, tokenizer, examples, suite, step_fn, optimizer, args) -> d
             done["evals"][str(epoch)], records = evaluate(model, tokenizer, suite, args, epoch,
                                                           judge, Store(None))
             run.write("generations", *records)
+        if epoch in args.probes:
+            done["probes"][str(epoch)] = probe()
 
     if start == 0:
         evaluate_if_due(0)
@@ -197,14 +197,13 @@ def optimiser_flags(g):
 
 
 def output_flags(g):
-    g.add_argument("--eval-epochs",
-                   help="comma-separated, 0 is before training (default: 0 and the last)")
+    g.add_argument("--eval-epochs", type=epoch_list, help="as 0,5,20 (default: 0 and the last)")
+    g.add_argument("--probes", type=epoch_list, default=[], help="when stress/probes.py measures")
     g.add_argument("--eval-n", type=COUNT, default=500, help="test prompts of a kind at most")
     judge_flags(g)
     g.set_defaults(**JUDGING)
     g.add_argument("--out", help="folder (default runs/<task>-<defense>-K<k>-lam<l>-s<seed>)")
-    g.add_argument("--resume", action="store_true",
-                   help="go on from the folder's checkpoint, if there is one")
+    g.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     g.add_argument("--save-every", type=COUNT, default=1, help="epochs between checkpoints")
 
 
@@ -221,14 +220,9 @@ def settle(args):
     check_rule(args.task, args.fa_rule)
     if args.keep_adapter and not args.adapter:
         raise UserError("--keep-adapter was given without --adapter; name the adapter to train on.")
-    try:
-        given = args.eval_epochs
-        epochs = sorted({int(e) for e in (given.split(",") if given else (0, args.epochs))})
-    except ValueError:
-        epochs = []
-    if given == "" or not epochs or epochs[0] < 0 or epochs[-1] > args.epochs:
-        raise UserError("--eval-epochs takes integers from 0 to --epochs, separated by commas.")
-    args.eval_epochs = epochs
+    args.eval_epochs = args.eval_epochs or [0, args.epochs]
+    if max(args.eval_epochs + args.probes) > args.epochs:
+        raise UserError(f"--eval-epochs or --probes is above --epochs {args.epochs}; lower it.")
     return args
 
 
@@ -258,6 +252,7 @@ def execute(args) -> None:
         params = trainable(model)
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(args.beta1, 0.999),
                                       weight_decay=0.0, fused=True)
+        probe = args.probes and make_probe(model, tokenizer, suite, args, optimizer)
         n_trained = sum(p.numel() for p in params)
         n_base = sum(p.numel() for p in model.parameters()) - n_trained
         largest = largest_pass(examples, encode(tokenizer, args.anchor_prompts), args)
@@ -268,7 +263,7 @@ def execute(args) -> None:
               f"memory: about {forecast / 1e6:,.0f} MB\n"
               f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}; "
               f"all settings, versions and digests: {run.dir / 'config.json'}")
-        done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, args)
+        done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, probe, args)
         merged = args.adapter and not args.keep_adapter
         run.finish(model, f"{args.model} + {args.adapter}, merged" if merged else args.model, done,
                    forecast)

@@ -10,6 +10,10 @@ from data import mixture
 from data.batches import batch_at, encode_rows
 from model import to_fp32
 
+# The stages a defence may run in, its own first: on the user's upload, or on the defender's rows.
+STAGES = {"sft": ("finetune", "align"), "deepalign": ("finetune", "align"), "vaccine": ("align",),
+          "t-vaccine": ("align",), "booster": ("align",)}
+
 
 def nll(model, pack) -> Tensor:
     """Sum of the negative log likelihoods of a pack's supervised tokens, fp32."""

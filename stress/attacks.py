@@ -74,8 +74,8 @@ def change_rows(args, tokenizer, harmful: list[dict], suite: dict):
         return [affix(row, args) for row in harmful], suite, "; harmful prompts affixed"
     if args.attack == "known-anchors":
         known = answered(args)
-        return harmful + known, suite, (f"; {len(known)} anchors uploaded with harmful answers: that "
-                                        "anchors stand in no upload is waived")
+        return harmful + known, suite, (f"; {len(known)} anchors with harmful answers added (that "
+                                        "anchors stand in no upload is waived)")
     if args.attack == "far":
         rows = mixture.read_rows(Path(args.data_dir) / "harmful" / "attack.jsonl")
         chosen = farthest(args, tokenizer, rows, len(harmful))

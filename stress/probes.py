@@ -1,16 +1,173 @@
-"""What the rivals watch, beside what happens: --probes 0,1,2,5,... measures at those epochs.
+"""What the rivals watch, beside what happens: --probes 0,1,2,5 measures at those epochs.
 
-On a fixed set of harmful probe prompts (the head of the harmful tests, with their answers) and benign ones (the head of
-the task's tests), in fp32, with nothing of the training state touched: a run with probes is
-bit-identical to one without.
+On 64 harmful test prompts with their answers and 64 benign test rows, which no training touches. A
+run with probes is bit-identical to one without: nothing is written to the model, its gradients or
+the optimiser. theta: the adapters; 0: before the first update, t: now; sums in float64.
 
-    parameters   D_theta = ||theta_t - theta_0||;  D_W = (sum_l ||Delta W_l(t) - Delta W_l(0)||_F^2)^1/2,
-                 without building Delta W: ||B A||_F^2 = sum (B^T B) o (A A^T)
-    gradient     ||grad h|| of CE on harmful probe pairs; cos(grad h, -u), u: the last update;
-                 harmful drop h(theta) - h(theta - 0.1 grad h / ||grad h||), which Booster watches
-    drift        R = mean over tokens and layers of ||a_l(t) - a_l(0)||^2 / C on benign probes, a_l:
-                 attention outputs; Vaccine's sum of squares and Booster's sum of norms
-    bottleneck   S = mean_k ||h_t - h_0||^2 / C on the anchors and on held-out harmful probes
-    first token  KL(p_0 || p_t) of the reply's first token; refusal margin: the largest logit of a
-                 token that opens a refusal minus the largest of the others
+    d_theta       ||theta_t - theta_0||
+    d_w           (sum_l ||Delta W_l(t) - Delta W_l(0)||_F^2)^1/2; d_w_relative: over ||W||_F. Exact
+                  without building Delta W: ||B A||_F^2 = sum (B^T B) o (A A^T)
+    grad_norm     ||grad h||, h: CE on the harmful probe pairs
+    grad_cosine   cos(grad h, -u), u: the last update of theta, from AdamW's own state
+    harmful_drop  h(theta) - h(theta - 0.1 grad h / ||grad h||): what Booster flattens
+    drift         mean over tokens and layers of ||a_l(t) - a_l(0)||^2 / C on benign probes, a_l:
+                  what layer l's attention adds; drift_vaccine: Vaccine's own sum, of squared norms
+                  over layers on benign rows; drift_booster: Booster's, of norms on harmful rows
+    bottleneck    mean_k ||h(t) - h(0)||^2 / C on harmful probes, and _anchors on the anchors
+    kl            mean KL(p_0 || p_t) of the first token of the reply to a harmful probe
+    margin        largest logit of a token that opens a refusal, minus the largest of the others
 """
+
+from argparse import ArgumentTypeError
+
+import torch
+import torch.nn.functional as F
+
+from anchors import encode, states
+from baselines import nll, norm
+from data import mixture
+from data.batches import Batch, encode_rows
+from lora import adapted, trainable
+from model import to_fp32
+
+N, ALPHA = 64, 0.1  # probes of each kind; Booster's step (trainer.py:379-385)
+OPENERS = ("I", "I'm", "Sorry", "As", "Unfortunately", "No")
+
+
+def epoch_list(text: str) -> list[int]:
+    """An argparse type: epochs separated by commas, in order, each once."""
+    try:
+        epochs = sorted({int(e) for e in text.split(",")})
+    except ValueError:
+        epochs = [-1]
+    if epochs[0] < 0:
+        raise ArgumentTypeError(f"got {text!r}, expected integers from 0 on, separated by commas")
+    return epochs
+
+
+def make_probe(model, tokenizer, suite, args, optimizer):
+    """-> probe() -> numbers; what stands at 0 is measured now."""
+    device, params = model.model.embed_tokens.weight.device, trainable(model)
+    harmful, benign = suite["harmful"][:N], suite.get("task", suite.get("lookalike", []))[:N]
+    answered = ([r for r in rows if r["messages"][-1]["role"] == "assistant"]
+                for rows in (harmful, benign))
+    bad, good = (Batch(encode_rows(tokenizer, rows, args.max_len)[0], args.tokens_per_pass, device)
+                 for rows in answered)
+    asked = encode(tokenizer, [mixture.first_user(r) for r in harmful])
+    held = encode(tokenizer, args.anchor_prompts)
+    openers = torch.tensor(sorted({tokenizer.encode(w)[0] for w in OPENERS}), device=device)
+    start = [(m.lora_A.detach().clone(), m.lora_B.detach().clone()) for _, m in adapted(model)]
+    theta = [p.detach().clone() for p in params]
+    then = look(model, bad, good, asked, held)
+
+    def probe() -> dict:
+        now = look(model, bad, good, asked, held)
+        numbers = {"d_theta": norm(p.detach() - s for p, s in zip(params, theta, strict=True)),
+                   **weight_distance(model, start), **drifts(then, now),
+                   **first_token(then["logits"], now["logits"], openers)}
+        if bad.examples:
+            numbers |= gradient(model, params, bad, optimizer)
+        return {name: float(value) for name, value in numbers.items()}
+
+    return probe
+
+
+@torch.no_grad()
+def look(model, bad, good, asked, held) -> dict:
+    """Attention outputs on both sets; h on harmful prompts and anchors; first-token logits."""
+    seen = {"bad": attention_outputs(model, bad), "good": attention_outputs(model, good)}
+    seen["h"] = to_fp32(states(model, asked))
+    seen["anchors"] = to_fp32(states(model, held)) if held else None
+    head = model.model.embed_tokens if model.config.tied else model.lm_head
+    seen["logits"] = F.linear(seen["h"], to_fp32(head.weight))  # h is all that the head sees
+    return seen
+
+
+def attention_outputs(model, batch) -> list[torch.Tensor]:
+    """a_l (N, C) of every layer, over all packs of a batch."""
+    caught = [[] for _ in model.model.layers]
+    handles = [layer.self_attn.register_forward_hook(
+        lambda module, inputs, out, to=to: to.append(to_fp32(out)))
+        for layer, to in zip(model.model.layers, caught, strict=True)]
+    try:
+        for pack in batch.packs() if batch.examples else ():
+            model(pack.ids, pack.seqlens, rows=pack.supervised[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(outputs) for outputs in caught if outputs]
+
+
+def weight_distance(model, start) -> dict:
+    """||Delta W(t) - Delta W(0)||_F from the stacked factors [B_t, -B_0] [A_t; A_0]."""
+    moved = total = 0.0
+    for (_, m), (A, B) in zip(adapted(model), start, strict=True):
+        a = torch.cat((m.lora_A.detach(), A)).double()  # (2 rank, in)
+        b = torch.cat((m.lora_B.detach(), -B), dim=1).double()  # (out, 2 rank)
+        moved = moved + m.scaling ** 2 * ((b.T @ b) * (a @ a.T)).sum()
+        total = total + m.weight.double().square().sum()
+    d_w = moved.clamp(min=0).sqrt()
+    return {"d_w": d_w, "d_w_relative": d_w / total.sqrt()}
+
+
+def drifts(then, now) -> dict:
+    """How far attention outputs and h have moved."""
+    good, bad = ([a - b for a, b in zip(now[k], then[k], strict=True)] for k in ("good", "bad"))
+    numbers = {"bottleneck": (now["h"] - then["h"]).square().mean(),
+               "drift_booster": sum(d.norm() for d in bad)}
+    if good:
+        numbers["drift"] = sum(d.square().mean() for d in good) / len(good)
+        numbers["drift_vaccine"] = sum(d.square().sum() for d in good)
+    if now["anchors"] is not None:
+        numbers["bottleneck_anchors"] = (now["anchors"] - then["anchors"]).square().mean()
+    return numbers
+
+
+def first_token(then, now, openers) -> dict:
+    """KL of the first token's distribution, and by how much a refusal's opening leads."""
+    p0, pt = then.log_softmax(-1), now.log_softmax(-1)
+    rest = now.index_fill(-1, openers, float("-inf")).amax(-1)
+    return {"kl": F.kl_div(pt, p0, log_target=True, reduction="batchmean"),
+            "margin": (now[:, openers].amax(-1) - rest).mean()}
+
+
+def gradient(model, params, batch, optimizer) -> dict:
+    """grad h and what one step along it does; the weights are put back to the bit."""
+    h, g = loss_and_gradient(model, params, batch)
+    size, update = norm(g), last_update(params, optimizer)
+    kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, g_p in zip(params, g, strict=True):
+            p.sub_(g_p * (ALPHA / (size + 1e-7)).to(g_p.dtype))
+        after = sum(nll(model, pack) for pack in batch.packs()) / batch.n_supervised
+        for p, k in zip(params, kept, strict=True):
+            p.copy_(k)
+    numbers = {"harmful_loss": h, "grad_norm": size, "harmful_drop": h - after}
+    if update is not None:
+        dot = sum((g_p.double() * -u.double()).sum() for g_p, u in zip(g, update, strict=True))
+        numbers["grad_cosine"] = dot / (size * norm(update) + 1e-30)
+    return numbers
+
+
+def loss_and_gradient(model, params, batch):
+    """CE of a batch and its gradient, without touching .grad."""
+    total, g = 0.0, [torch.zeros_like(p) for p in params]
+    for pack in batch.packs():
+        loss = nll(model, pack) / batch.n_supervised
+        for g_p, more in zip(g, torch.autograd.grad(loss, params), strict=True):
+            g_p.add_(more)
+        total = total + loss.detach()
+    return total, g
+
+
+def last_update(params, optimizer):
+    """AdamW's last step, -lr m / (sqrt(v) + eps), from its state; None before the first."""
+    group, update = optimizer.param_groups[0], []
+    for p in params:
+        state = optimizer.state.get(p)
+        if not state:
+            return None
+        (beta1, beta2), t = group["betas"], float(state["step"])
+        m, v = state["exp_avg"] / (1 - beta1 ** t), state["exp_avg_sq"] / (1 - beta2 ** t)
+        update.append(-group["lr"] * m / (v.sqrt() + group["eps"]))
+    return update
