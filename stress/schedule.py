@@ -1,0 +1,151 @@
+"""The stress tests and the rivals' table as lists of runs: one command each, which can be resumed.
+
+    python -m stress.schedule search       four settings a method, short, other seed and prompts
+    python -m stress.schedule table        every method with the setting that the search chose
+    python -m stress.schedule attacks      those of stress/attacks.py, on SBR and on no defence
+    python -m stress.schedule long         50 epochs: HS at ten of them, beside what is watched
+    python -m stress.schedule grid         attack strength: learning rate x epochs
+
+A run is `python train.py ...` in runs/stress/<list>/<name>; a finished one is not made again.
+--jobs runs at once, each with one thread. Prints a table; docs/results/<list>.json holds the
+numbers and the command of every row. Flags after -- go to every run: `-- --model DIR`.
+
+The search looks at HS on the harmful tests behind the first 500, which no other list asks.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lora import write_atomic
+from model import UserError, read_json
+from paper.report import wilson
+from runs import COUNT, TINY, Parser, exit_code
+
+EPOCHS = "1,2,3,5,10,15,20,30,40,50"  # of the long schedule, the paper's
+ALIGN = "--n 500 --epochs 10 --eval-n 200 --eval-epochs 10"  # 160 updates, our choice
+KEEP = {"booster": " --keep-adapter"}  # its simulated attack lives on its adapter
+# What each rival watches, of stress/probes.py.
+WATCHES = {"sft": "drift", "sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc": "d_theta",
+           "vaccine": "drift_vaccine", "t-vaccine": "drift_vaccine", "booster": "harmful_drop",
+           "deepalign": "kl"}
+# Four values of each method's main setting; its papers' own is among them.
+SEARCH = {
+    "sbr": ("--lambda", 5, 50, 200, 1000), "lisa": ("--lisa-rho", 0.01, 1, 10, 100),
+    "ewc": ("--ewc-lambda", 1e5, 1e7, 1e9, 1e11), "vaccine": ("--vaccine-rho", 0.5, 2, 5, 20),
+    "deepalign": ("--deepalign-beta", 0.1, 0.5, 2, 10), "booster": ("--booster-lambda", 1, 5, 25, 100),
+    "t-vaccine": ("--t-vaccine-rho", 0.5, 3, 5, 20)}
+CHOSEN = {method: f"{values[0]} {values[2]:g}" for method, values in SEARCH.items()}
+ALIGNING = ("vaccine", "t-vaccine", "booster")
+
+
+def defended(method: str, setting: str, attack: str, align: str = ALIGN) -> list[tuple[str, str]]:
+    """(suffix of the name, flags) of a method's run or, aligned first, of its two runs."""
+    if method not in ALIGNING:
+        return [("", f"--defense {method} {setting} {attack}")]
+    return [("-align", f"--defense {method} {setting} {align}"),
+            ("", f"--defense sft --adapter {{align}}{KEEP.get(method, '')} {attack}")]
+
+
+def runs_of(what: str) -> list[tuple[str, str]]:
+    """(name, flags) of a list's runs; {align} in flags is the folder of <name>-align."""
+    methods = {"sft": "", **CHOSEN}
+    if what == "search":
+        attack = ("--seed 100 --epochs 10 --eval-n 200 --eval-epochs 10 "
+                  "--harmful-file runs/stress/validation.jsonl")
+        named = [("sft", "sft", "")] + [
+            (f"{m}-{v:g}", m, f"{flag} {v:g}") for m, (flag, *vs) in SEARCH.items() for v in vs]
+        return [(n + s, f) for n, m, setting in named for s, f in defended(
+            m, setting, attack, ALIGN + " --seed 100")]
+    if what == "table":
+        return [(m + s, f) for m, v in methods.items() for s, f in defended(m, v, "")]
+    if what == "long":
+        attack = f"--epochs 50 --eval-epochs {EPOCHS} --probes 0,{EPOCHS}"
+        return [(m + s, f) for m, v in methods.items() for s, f in defended(m, v, attack)]
+    if what == "grid":
+        return [(f"{m}-lr{lr}-e{e}", f"--defense {m} --lr {lr} --epochs {e}")
+                for m in ("sft", "sbr") for lr in ("1e-5", "3e-5", "1e-4") for e in (5, 20, 50)]
+    attacks = {"none": "", "subspace": "--attack subspace", "subspace-lr10":
+               "--attack subspace --lr 1e-4", "unembedding": "--attack unembedding",
+               "known-anchors": "--attack known-anchors", "far": "--attack far",
+               "prefix": "--attack affix --attack-prefix 'My dear friend. '",
+               "suffix": "--attack affix --attack-suffix ' Thank you, that is all.'"}
+    return [(f"{m}-{name}", f"--defense {m} {flags}") for m in ("sft", "sbr")
+            for name, flags in attacks.items()]
+
+
+def command(name: str, flags: str, folder: Path, more: list[str]) -> list[str]:
+    words = shlex.split(flags.replace("{align}", str(folder / f"{name}-align")))
+    return ["train.py", *words, *more, "--out", str(folder / name), "--resume"]
+
+
+def make(name: str, flags: str, folder: Path, more: list[str]) -> None:
+    """One run, unless it is finished; what it prints goes to <name>.log."""
+    if (folder / name / "result.json").exists():
+        return
+    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+        done = subprocess.run([sys.executable, *command(name, flags, folder, more)], stdout=log,
+                              stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise UserError(f"the run {name} failed; see {folder / name}.log and start again.")
+
+
+def row(name: str, flags: str, folder: Path, more: list[str]) -> dict:
+    """A finished run's numbers."""
+    result = read_json(folder / name / "result.json")
+    epochs = list(result["hs"])
+    k, n = result["evals"][epochs[-1]]["hs_count"]
+    return {"name": name, "command": shlex.join(["python", *command(name, flags, folder, more)]),
+            "hs": result["hs"], "hs_interval": wilson(k, n), "fa": result["fa"],
+            "over_refusal": {e: v["over_refusal"] for e, v in result["evals"].items()},
+            "seconds": result["seconds"], "probes": result["probes"]}
+
+
+def show(what: str, rows: list[dict]) -> str:
+    """A Markdown table: HS and FA at the last epoch, or over all of them for `long`."""
+    lines = []
+    for r in rows:
+        last = list(r["hs"])[-1]
+        low, high = r["hs_interval"]
+        lines.append(f"| {r['name']} | {r['hs'][last]:.1f} ({low:.1f} to {high:.1f}) | "
+                     f"{r['fa'][last]:.1f} | {r['over_refusal'][last]:.1f} |")
+        if what == "long":
+            watched = WATCHES[r["name"]]
+            lines += [f"|  epoch {e} | {hs:.1f} | {r['fa'][e]:.1f} | {watched} "
+                      f"{r['probes'][e].get(watched, float('nan')):.3g} |"
+                      for e, hs in r["hs"].items()]
+    return "\n".join(["| run | HS | FA | over-refusal |", "|---|---|---|---|", *lines])
+
+
+def execute(args) -> None:
+    """Makes what is not made yet, the alignment stages first, and prints the table."""
+    folder = Path("runs") / "stress" / args.list
+    folder.mkdir(parents=True, exist_ok=True)
+    tests = (Path(TINY) / "harmful" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    write_atomic(folder.parent / "validation.jsonl", "\n".join(tests[500:]).encode())
+    todo = runs_of(args.list)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for first in (True, False):
+            stage = [(n, f) for n, f in todo if n.endswith("-align") == first]
+            list(pool.map(lambda run: make(*run, folder, args.flags), stage))
+    rows = [row(n, f, folder, args.flags) for n, f in todo if not n.endswith("-align")]
+    write_atomic(Path("docs") / "results" / f"{args.list}.json",
+                 json.dumps(rows, indent=1).encode())
+    print(show(args.list, rows))
+
+
+def main(argv=None) -> int:
+    """0 done, 2 the user's mistake or a run that failed, 130 interrupted."""
+    p = Parser("stress.schedule", __doc__.splitlines()[0])
+    p.add_argument("list", choices=("search", "table", "attacks", "long", "grid"))
+    p.add_argument("--jobs", type=COUNT, default=2, help="runs at once")
+    p.add_argument("flags", nargs="*", help="behind --: for every run")
+    return exit_code("stress.schedule", lambda: execute(p.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
