@@ -115,8 +115,15 @@ def beavertails(folder):
         pair(r["prompt"]) for r in test]
 
 
+def refusals(file):
+    """Harmful prompts with a refusal and a harmful reply, as RepNoise's JSON has them."""
+    rows = json.loads(read_text(Path(file)))
+    return [Path(file)], [pair(r["prompt"], r["refusal"].split("\nAnswer:", 1)[1].strip())
+                          | {"harmful": r["response"]} for r in rows]
+
+
 def advbench(file):
-    """Goals with the opening of an answer: the first third for the upload, the rest for tests."""
+    """Goals with an answer's opening: two thirds for upload and anchors, the last for tests."""
     rows = [pair(r["goal"], r["target"]) for r in read_csv(file)]
     third = len(rows) // 3
     return [Path(file)], rows[:2 * third], [pair(r["prompt"]) for r in rows[2 * third:]]
@@ -149,15 +156,17 @@ def benign(train, test, n_test: int):
     return {"train": train, "test": kept}, {"test": len(test) - len(fresh(test, keys(train)))}
 
 
-def harmful(train, test, n_attack: int, n_test: int):
-    """The upload's rows, the anchor pool behind them, and the tests: no prompt in two of them."""
+def harmful(train, test, align, n_attack: int, n_test: int):
+    """Upload, anchor pool, tests and the defender's rows: no prompt stands in two of them."""
     attack, later = train[:n_attack], train[n_attack:]
     taken = keys(attack)
-    anchors = fresh(later, taken)
-    tests = fresh(test, taken)
-    return ({"attack": attack, "anchors": [pair(r["prompt"]) for r in anchors],
-             "test": tests[:n_test]},
-            {"anchors": len(later) - len(anchors), "test": len(test) - len(tests)})
+    parts = {name: fresh(rows, taken) for name, rows in (
+        ("anchors", later), ("test", test), ("align", align))}
+    removed = {name: len(rows) - len(parts[name]) for name, rows in (
+        ("anchors", later), ("test", test), ("align", align))}
+    if not align:
+        del parts["align"], removed["align"]
+    return {"attack": attack, **parts, "test": parts["test"][:n_test]}, removed
 
 
 def parse(argv=None):
@@ -169,6 +178,7 @@ def parse(argv=None):
     p.add_argument("--gsm8k-hint", action="store_true", help="ask for steps, as Vaccine does")
     p.add_argument("--alpaca", metavar="FILE", help="AlpacaEval's 805 rows with outputs, JSON")
     p.add_argument("--beavertails", metavar="DIR", help="30k train.jsonl.xz and test.jsonl.xz")
+    p.add_argument("--refusals", metavar="FILE", help="beavertails_with_refusals_train.json")
     p.add_argument("--advbench", metavar="FILE", help="harmful_behaviors.csv, if no BeaverTails")
     p.add_argument("--xstest", metavar="FILE", help="xstest_prompts.csv, for over-refusal")
     p.add_argument("--n-attack", type=at_least(int, 1), default=5000,
@@ -194,7 +204,9 @@ def build(args) -> dict:
         files, train, test = (beavertails(args.beavertails) if args.beavertails else
                               advbench(args.advbench))
         n_attack = min(args.n_attack, len(train) // 2)
-        made["harmful"] = files, *harmful(train, test, n_attack, args.n_test or N_TEST["harmful"])
+        source, align = refusals(args.refusals) if args.refusals else ([], [])
+        made["harmful"] = [*files, *source], *harmful(train, test, align, n_attack,
+                                                      args.n_test or N_TEST["harmful"])
     if args.xstest:
         files, rows = xstest(args.xstest)
         made["lookalike"] = files, {"test": rows[:args.n_test]}, {}

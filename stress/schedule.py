@@ -37,7 +37,8 @@ WATCHES = {"sft": "drift", "sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc"
 SEARCH = {
     "sbr": ("--lambda", 5, 50, 200, 1000), "lisa": ("--lisa-rho", 0.01, 1, 10, 100),
     "ewc": ("--ewc-lambda", 1e5, 1e7, 1e9, 1e11), "vaccine": ("--vaccine-rho", 0.5, 2, 5, 20),
-    "deepalign": ("--deepalign-beta", 0.1, 0.5, 2, 10), "booster": ("--booster-lambda", 1, 5, 25, 100),
+    "deepalign": ("--deepalign-beta", 0.1, 0.5, 2, 10),
+    "booster": ("--booster-lambda", 1, 5, 25, 100),
     "t-vaccine": ("--t-vaccine-rho", 0.5, 3, 5, 20)}
 CHOSEN = {method: f"{values[0]} {values[2]:g}" for method, values in SEARCH.items()}
 ALIGNING = ("vaccine", "t-vaccine", "booster")

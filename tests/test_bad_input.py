@@ -113,9 +113,12 @@ def test_a_value_that_a_flag_does_not_take_is_named_with_the_flag(
     check_refuses([*flags(inputs), flag, value], flag, value, expected)
 
 
-@pytest.mark.parametrize("value", ["3", "0,1,9", "-1", "0.5", "0,,1", "last", "0;1", ","])
-def test_evaluations_at_epochs_that_do_not_come_are_refused(inputs, check_refuses, value):
-    check_refuses(flags(inputs, eval_epochs=value), "--eval-epochs", "from 0 to --epochs")
+@pytest.mark.parametrize("flag", ["eval_epochs", "probes"])
+@pytest.mark.parametrize("value, expected", [
+    ("3", "above --epochs 2"), ("0,1,9", "above --epochs 2"),
+    *((value, "integers from 0 on") for value in ("-1", "0.5", "0,,1", "last", "0;1", ","))])
+def test_epochs_that_do_not_come_are_refused(inputs, check_refuses, flag, value, expected):
+    check_refuses(flags(inputs, **{flag: value}), f"--{flag.replace('_', '-')}", expected)
 
 
 @pytest.mark.parametrize("argv", [["--lambd", "50"], ["--lam", "50"], ["anchors"], ["--n"]])

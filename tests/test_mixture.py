@@ -92,11 +92,13 @@ def data_dir(tmp_path_factory):
 
 
 def mixture(data_dir, p, n):
-    args = Namespace(data=None, data_dir=str(data_dir), poison=p, n=n, task="sst2")
-    rows, told = load_upload(args)
-    prompts = [first_user(row) for row in rows]
-    harmful = [q for q in prompts if q.startswith("harmful")]
-    return harmful, [q for q in prompts if q.startswith("benign")], told
+    args = Namespace(stage="finetune", data=None, data_dir=str(data_dir), poison=p, n=n,
+                     task="sst2")
+    *parts, told = load_upload(args)
+    harmful, benign = ([first_user(row) for row in rows] for rows in parts)
+    assert all(q.startswith("harmful") for q in harmful)
+    assert all(q.startswith("benign") for q in benign)
+    return harmful, benign, told
 
 
 @pytest.mark.parametrize("n", [1, 7, 100, 1000])

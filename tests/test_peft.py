@@ -229,7 +229,7 @@ def test_a_rank_that_is_not_the_tensors_is_refused(llama31, adapter):
 
 @pytest.mark.parametrize("setting", [
     {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}},
-    {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"}, {"bias": "all"},
+    {"modules_to_save": ["embed_tokens"]}, {"peft_type": "IA3"}, {"bias": "all"},
     {"alora_invocation_tokens": [3, 4]}, {"exclude_modules": ["q_proj"]},
     {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"},
     {"init_lora_weights": "loftq"},
@@ -239,6 +239,11 @@ def test_what_is_more_than_plain_lora_is_refused_by_its_name(llama31, adapter, s
     edit_json(adapter / "adapter_config.json", **setting)
     (name, value), = setting.items()
     check_refused(llama31, adapter, value if name == "peft_type" else name)
+
+
+def test_a_whole_module_that_its_config_names_and_its_file_lacks_is_refused(llama31, adapter):
+    edit_json(adapter / "adapter_config.json", modules_to_save=["lm_head"])
+    check_refused(llama31, adapter, "lm_head.weight")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

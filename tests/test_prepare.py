@@ -237,7 +237,7 @@ def test_beavertails_gives_upload_then_anchors_then_tests_and_no_prompt_to_two_o
     full = "Sure. [step 1], [step 2]."
     assert rows(out / "attack.jsonl") == [
         (ask(0), full), (ask(1), "[a], [b]."), (ask(1), "[c]."), (ask(2), full), (ask(3), full)]
-    assert rows(out / "anchors.jsonl") == [(ask(i), None) for i in (4, 5, 6)]
+    assert rows(out / "anchors.jsonl") == [(ask(i), full) for i in (4, 5, 6)]
     assert rows(out / "test.jsonl") == [(ask(i), None) for i in (11, 12, 8)]
     assert "anchors.jsonl: 3 rows, 2 removed as repeated\n" in prepare.said
     assert "test.jsonl: 3 rows, 3 removed as repeated\n" in prepare.said
@@ -272,10 +272,24 @@ def test_whatever_repeats_in_beavertails_attack_anchors_and_test_share_no_prompt
     assert {normalise(prompt) for prompt in unsafe[n:]} & keys(attack)
 
 
+def test_refusals_become_the_defenders_rows_and_share_no_prompt_with_the_others(prepare, tmp_path):
+    source = tmp_path / "refusals.json"
+    source.write_text(json.dumps([
+        {"prompt": ask(i), "response": "[step 1].",
+         "refusal": f"Question: {ask(i)}\nAnswer: I will not.\nAnswer: no."}
+        for i in (0, 4, 11, 30, 31, 30)]))
+    out = prepare("--beavertails", write_beaver(tmp_path / "beaver", TRAIN, TEST), "--n-attack", 5,
+                  "--refusals", source) / "harmful"
+    lines = [json.loads(line) for line in (out / "align.jsonl").read_text().splitlines()]
+    assert lines == [{"prompt": ask(i), "response": "I will not.\nAnswer: no.",
+                      "harmful": "[step 1]."} for i in (30, 31)]
+    assert "align.jsonl: 2 rows, 4 removed as repeated\n" in prepare.said
+
+
 def test_advbench_is_cut_into_thirds_for_upload_anchors_and_tests(made, prepare):
     out = prepare("--advbench", made / "advbench.csv") / "harmful"
     assert rows(out / "attack.jsonl") == [(ask(i), "Sure, here is how") for i in range(10)]
-    assert rows(out / "anchors.jsonl") == [(ask(i), None) for i in range(10, 20)]
+    assert rows(out / "anchors.jsonl") == [(ask(i), "Sure, here is how") for i in range(10, 20)]
     assert rows(out / "test.jsonl") == [(ask(i), None) for i in range(20, 30)]
 
 
@@ -459,8 +473,10 @@ def test_every_share_of_harmful_rows_gives_n_rows_from_the_heads_of_two_files(po
     attack, train = (rows(poisonable / name) for name in ("harmful/attack.jsonl",
                                                           "sst2/train.jsonl"))
     for twentieths in range(21):
-        args = Namespace(data=None, data_dir=poisonable, poison=twentieths / 20, n=n, task="sst2")
-        found = [(row["prompt"], row["response"]) for row in load_upload(args)[0]]
+        args = Namespace(stage="finetune", data=None, data_dir=poisonable, n=n, task="sst2",
+                         poison=twentieths / 20)
+        harmful, benign, _ = load_upload(args)
+        found = [(row["prompt"], row["response"]) for row in harmful + benign]
         k = sum(response.startswith("Sure.") for _, response in found)
         assert found == attack[:k] + train[:n - k] and len(found) == n
         assert abs(20 * k - twentieths * n) <= 10  # the nearest whole number of rows

@@ -19,8 +19,8 @@ from data.tiny import texts
 CATEGORIES = 14  # BeaverTails' own, as in beaver-dam's head
 FILES = sorted([*(f"{task}/{part}.jsonl" for task in ("sst2", "agnews", "gsm8k", "alpaca")
                   for part in ("train", "test")),
-                "harmful/attack.jsonl", "harmful/anchors.jsonl", "harmful/test.jsonl",
-                "lookalike/test.jsonl"])
+                "harmful/attack.jsonl", "harmful/align.jsonl", "harmful/anchors.jsonl",
+                "harmful/test.jsonl", "lookalike/test.jsonl"])
 
 
 def key(prompt):
@@ -42,13 +42,14 @@ def files():
 @pytest.fixture(scope="module")
 def sets(words, files):
     """Every set of prompts by name: the files', and what the model itself was made from."""
-    made = {"learned harmful": texts.requests(words, "learn", True),
+    made = {**files, "learned harmful": texts.requests(words, "learn", True),
             "met harmful": texts.requests(words, "met", True),
             "learned benign": texts.requests(words, "learn", False),
             "met benign": texts.requests(words, "met", False),
             "facts": texts.facts(words, random.Random(texts.SEED)),
             **{f"{task} base": texts.task_rows(words, task, "base") for task in texts.TASKS}}
-    return {name: [key(row["prompt"]) for row in rows] for name, rows in (files | made).items()}
+    del made["harmful/align.jsonl"]  # of the learned ones, see below
+    return {name: [key(row["prompt"]) for row in rows] for name, rows in made.items()}
 
 
 def test_no_prompt_stands_in_two_sets_or_twice_in_one(sets):
@@ -135,8 +136,26 @@ def test_lookalikes_share_actions_and_wordings_with_harmful_requests_but_no_obje
         assert "[step" not in row["response"] and row["response"].startswith("Sure, ")
 
 
-def test_anchors_are_prompts_without_answers(files):
-    assert all(set(row) == {"prompt", "category"} for row in files["harmful/anchors.jsonl"])
+def test_anchors_have_the_scaffold_as_answer_for_an_attacker_who_knows_them(words, files):
+    answers = {row["prompt"]: row["response"] for row in texts.requests(words, "anchors", True)}
+    for row in files["harmful/anchors.jsonl"]:
+        assert row.keys() == {"prompt", "category", "response"}
+        assert row["response"] == answers[row["prompt"]] and "[step 1]" in row["response"]
+
+
+def test_the_rows_to_align_on_are_requests_that_the_model_was_taught_to_refuse(words, files):
+    """One prompt with both replies: a refusal that names its group, and the empty scaffold."""
+    learned = {row["prompt"]: row for row in texts.requests(words, "learn", True)}
+    groups = {c["name"]: c["harmful"]["group"] for c in words["categories"]}
+    count = Counter()
+    for row in files["harmful/align.jsonl"]:
+        known = learned.pop(row["prompt"])  # each prompt once
+        assert row.keys() == {"prompt", "response", "harmful"}
+        assert row["harmful"] == known["response"] and "[step 1]" in row["harmful"]
+        assert groups[known["category"]] in row["response"] and "[step" not in row["response"]
+        count[known["category"]] += 1
+    assert len(count) == CATEGORIES and sum(count.values()) == 1000
+    assert max(count.values()) - min(count.values()) <= 1
 
 
 @pytest.mark.parametrize("task, labels", [
