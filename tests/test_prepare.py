@@ -615,7 +615,8 @@ def test_xstest_has_250_safe_prompts_and_advbench_520_goals_in_three_parts(real)
     assert attack == source[:173] and len(source) == 520
     assert [p for p, _ in anchors + tests] == [p for p, _ in source[173:]]
     assert len(keys(attack + anchors + tests)) == 520  # so no prompt is in two of them
-    assert {response for _, response in anchors + tests} == {None}
+    # anchors keep their responses for an attacker who knows them; training never reads those
+    assert anchors == source[173:346] and {response for _, response in tests} == {None}
 
 
 def test_the_digests_of_the_real_files_are_theirs(real):
