@@ -120,6 +120,7 @@ def load_run(args):
         inherit(args, was, ("judge_model", "judge_url", "judge_name", "judge_max_len"))
     inherit(args, was, ("task", "data_dir", "harmful_file", "judge", "fa_rule", "max_new", "dtype"))
     inherit(args, argparse.Namespace(**JUDGING), JUDGING)
+    args.attack_prefix, args.attack_suffix = was.attack_prefix, was.attack_suffix
     args.epoch, args.out, args.template_date = was.epochs, args.out or args.run, was.template_date
     was.adapter = None if was.keep_adapter else was.adapter  # a kept one went on in the run's own
     was.device, was.dtype, was.cuda_graph = args.device, args.dtype, args.cuda_graph
@@ -136,6 +137,7 @@ def load_run(args):
 def load_named(args):
     """--model and --adapter, tested on everything."""
     args.data_dir, args.keep_adapter, args.epoch = args.data_dir or TINY, True, 0
+    args.attack_prefix = args.attack_suffix = ""
     args.out = args.out or Path("runs") / f"eval-{Path(args.model).resolve().name}"
     files = [f for part in model_files(args).values() for f in part]
     return load_aligned(args), Tokenizer(args.model, args.template_date), files, []
@@ -154,7 +156,8 @@ def execute(args) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder; pass another.")
     out.mkdir(parents=True, exist_ok=True)
-    who = [sha256(*files), args.max_new, args.template_date, str(model.model.norm.weight.dtype)]
+    dtype = str(model.model.embed_tokens.weight.dtype)
+    who = [sha256(*files), args.max_new, args.template_date, dtype]
     numbers, records = evaluate(model, tokenizer, suite, args, args.epoch, judge,
                                 Store(out / "replies.jsonl", who))
     if args.task == "alpaca":

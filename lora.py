@@ -100,11 +100,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def open_module(model: nn.Module, name: str) -> nn.Parameter:
-    """Makes "lm_head" or "norm" a trained fp32 weight; a tied head becomes one of its own."""
+    """Makes "lm_head" or "model.norm" a trained fp32 weight; a tied head gets one of its own."""
     if name == "lm_head" and model.config.tied:
         model.lm_head, model.config.tied = nn.Linear(1, 1, bias=False, device="meta"), False
         model.lm_head.weight = model.model.embed_tokens.weight
-    module = model.lm_head if name == "lm_head" else model.model.norm
+    module = model.get_submodule(name)
     module.weight = nn.Parameter(to_fp32(module.weight.detach()).clone())
     return module.weight
 
@@ -137,7 +137,8 @@ def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
         "target_modules": sorted(ends if every == names else names),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
         "inference_mode": True, "use_dora": False,
-        "modules_to_save": [n.split(".")[-2] for n in adapter_params(model) if "lora_" not in n],
+        "modules_to_save": [n[len(PEFT_PREFIX):-len(".weight")] for n in adapter_params(model)
+                            if "lora_" not in n] or None,
         "rank_pattern": {}, "alpha_pattern": {},
     }
     # transformers and PEFT refuse a safetensors file without the format's name in its metadata.
@@ -160,8 +161,8 @@ def read_adapter_config(dir) -> dict:
     if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(f"{path} has init_lora_weights {init}, which changes the base too; save it "
                         "with PEFT's path_initial_model_for_weight_conversion.")
-    if whole := set(config.get("modules_to_save") or ()) - {"lm_head", "norm"}:
-        raise UserError(f"{path} has modules_to_save {whole}, expected at most lm_head and norm.")
+    if whole := set(config.get("modules_to_save") or ()) - {"lm_head", "model.norm"}:
+        raise UserError(f"{path} has modules_to_save {whole}, expected lm_head or model.norm.")
     targets = config.get("target_modules")
     if not targets or not isinstance(targets, (str, list)):  # PEFT would then drop most tensors
         raise UserError(f"{path} has target_modules {targets}, expected names; save it again.")

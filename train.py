@@ -185,7 +185,7 @@ def optimiser_flags(g):
     g.add_argument("--lr", type=POSITIVE, default=1e-5, help="of the first update")
     g.add_argument("--epochs", type=COUNT, default=20, help="passes over the upload")
     g.add_argument("--batch-size", type=COUNT, default=32, help="rows an update")
-    g.add_argument("--beta1", type=at_least(float, 0, at_most=1), default=0.9, help="of AdamW")
+    g.add_argument("--beta1", type=at_least(float, 0, at_most=0.9999), default=0.9, help="of AdamW")
     g.add_argument("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
     g.add_argument("--tokens-per-pass", type=COUNT, default=16384,
                    help="a larger batch is cut: less memory, the same gradient")
@@ -213,9 +213,11 @@ def settle(args):
     stages = STAGES.get(args.defense, ("finetune",))
     args.stage = args.stage or stages[0]
     if args.stage not in stages:
-        raise UserError(f"--defense {args.defense} has no stage {args.stage}, expected "
-                        f"{' or '.join(stages)}; leave --stage out.")
+        raise UserError(f"--defense {args.defense} lacks stage {args.stage}, expected {stages[0]}.")
+    if args.data and args.stage == "align":
+        raise UserError("--data was given for the stage align, which reads --align-file; drop one.")
     args.poison = 0.0 if args.data or args.stage == "align" else args.poison
+    attacks.check(args)
     args.lam = args.lam if args.defense == "sbr" else 0.0
     check_rule(args.task, args.fa_rule)
     if args.keep_adapter and not args.adapter:
@@ -264,9 +266,8 @@ def execute(args) -> None:
               f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}; "
               f"all settings, versions and digests: {run.dir / 'config.json'}")
         done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, probe, args)
-        merged = args.adapter and not args.keep_adapter
-        run.finish(model, f"{args.model} + {args.adapter}, merged" if merged else args.model, done,
-                   forecast)
+        merged = f" + {args.adapter}, merged" if args.adapter and not args.keep_adapter else ""
+        run.finish(model, args.model + merged, done, forecast)
     print(report(run.dir))
 
 

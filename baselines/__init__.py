@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data import mixture
 from data.batches import batch_at, encode_rows
-from model import to_fp32
+from model import UserError, to_fp32
 
 # The stages a defence may run in, its own first: on the user's upload, or on the defender's rows.
 STAGES = {"sft": ("finetune", "align"), "deepalign": ("finetune", "align"), "vaccine": ("align",),
@@ -56,10 +56,14 @@ class Rows:
                         self.args.tokens_per_pass, self.device)
 
 
-def align_rows(model, tokenizer, args, answer: str, batch_size: int | None = None) -> Rows:
+def align_rows(model, tokenizer, args, answer: str, batch_size: int | None = None,
+               max_len: int | None = None) -> Rows:
     """Harmful prompts with refusals (answer "response") or with harmful replies ("harmful")."""
     rows = [{**row, "messages": [*row["messages"][:-1], mixture.turn("assistant", row[answer])]}
             if answer != "response" else row for row in mixture.align_rows(args)]
-    examples, _ = encode_rows(tokenizer, rows, args.max_len)
+    examples, _ = encode_rows(tokenizer, rows, max_len or args.max_len)
+    if not examples:
+        raise UserError(f"all {len(rows)} rows of {mixture.align_file(args)} are longer than "
+                        f"--max-len {args.max_len} tokens; raise it.")
     device = model.model.embed_tokens.weight.device
     return Rows(examples, batch_size or args.batch_size, args, device, args.seed + 1)

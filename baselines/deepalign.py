@@ -67,29 +67,32 @@ def make_step(model, tokenizer, args):
     start = [p.detach().clone() for p in params]
 
     @torch.no_grad()
-    def reference(pack, examples):
-        if any(id(e) not in known for e in examples):
+    def reference(examples, device):
+        """A row at a time: packed with others, a resumed run's would differ in the last bits."""
+        if new := [e for e in examples if id(e) not in known]:
             now = [p.detach().clone() for p in params]
             for p, s in zip(params, start, strict=True):
                 p.copy_(s)
-            rows = log_probs(model, pack).split([len(e.predict) for e in examples])
-            known.update((id(e), r) for e, r in zip(examples, rows, strict=True))
+            known.update((id(pack.examples[0]), log_probs(model, pack))
+                         for pack in Batch(new, 1, device).packs())
             for p, n in zip(params, now, strict=True):
                 p.copy_(n)
         return torch.cat([known[id(e)] for e in examples])
 
     def step(batch):
-        loss, weight = 0.0, 0.0
+        loss, ce, weight = 0.0, 0.0, 0.0
         for pack in batch.packs():
-            ref = reference(pack, pack.examples)
+            ref = reference(pack.examples, batch.device)
             beta = torch.cat([betas(e, args.deepalign_beta) for e in pack.examples]).to(ref.device)
             logp = log_probs(model, pack)
             w = 2 * torch.sigmoid(-beta * (logp - ref)).detach()  # 2 (1 - sigmoid(beta D))
-            part = -(w.clamp(min=FLOOR) * logp).sum() / batch.n_supervised
+            w = w.clamp(min=FLOOR)
+            part = -(w * logp).sum() / batch.n_supervised
             part.backward()
             loss = loss + part.detach()
+            ce = ce - logp.detach().sum() / batch.n_supervised
             weight = weight + w.sum() / batch.n_supervised
-        return {"loss": loss, "ce": loss, "weight": weight}
+        return {"loss": loss, "ce": ce, "weight": weight}
 
     return step
 
@@ -97,7 +100,8 @@ def make_step(model, tokenizer, args):
 def make_augmented_step(model, tokenizer, args):
     """8b: refusals that begin after a harmful prefix, and benign rows in the model's own words."""
     device, harmful = model.model.embed_tokens.weight.device, {}
-    for e in align_rows(model, tokenizer, args, "harmful").examples:
+    # of any length: no more than the first tokens of a reply are used
+    for e in align_rows(model, tokenizer, args, "harmful", max_len=1 << 30).examples:
         harmful[prompt_of(e)] = e.targets[:-1]  # the reply without its end
     answered = self_answered(model, tokenizer, args)
     benign = Rows(answered, BENIGN_RATIO * args.batch_size, args, device, args.seed + 2)

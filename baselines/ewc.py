@@ -24,10 +24,10 @@ def add_flags(g):
     g.add_argument("--ewc-n", type=COUNT, default=2000, help="rows for F at most")
 
 
-def fisher(model, params, guide, n: int):
-    """F, one tensor a parameter, over the first n rows in the order of one shuffled epoch."""
+def fisher(model, params, guide):
+    """F, one tensor a parameter, over one shuffled epoch of the guide's rows."""
     total = [p.new_zeros(p.shape) for p in params]
-    for i in range(-(-min(n, len(guide.examples)) // guide.batch_size)):
+    for i in range(-(-len(guide.examples) // guide.batch_size)):
         backward(model, guide.at(i))
         for f, g in zip(total, take_gradient(params), strict=True):
             f.add_(g.square())
@@ -37,7 +37,9 @@ def fisher(model, params, guide, n: int):
 def make_step(model, tokenizer, args):
     params, lam = trainable(model), args.ewc_lambda
     start = [p.detach().clone() for p in params]
-    F = fisher(model, params, align_rows(model, tokenizer, args, "response"), args.ewc_n)
+    guide = align_rows(model, tokenizer, args, "response")
+    del guide.examples[args.ewc_n:]
+    F = fisher(model, params, guide)
 
     def step(batch):
         ce, penalty, distance = backward(model, batch), 0.0, 0.0

@@ -56,7 +56,8 @@ def make_step(model, tokenizer, args):
         t = batch.step
         if t % args.t_vaccine_probe == 0:
             norms = harm_norms(model, harmful.at(t // args.t_vaccine_probe)).cpu()
-            p.copy_(norms / norms.sum())
+            share = norms / norms.sum()
+            p.copy_(share if share.isfinite().all() else p)  # else the loss is not finite either
         if t % args.t_vaccine_draw == 0:
             S.copy_(draw(p, n, args.seed * 100_003 + t))
         chosen = S.tolist()

@@ -160,7 +160,8 @@ def align_rows(args) -> list[dict]:
     """
     tests = prompts_of(read_rows(harmful_tests(args), needs_answer=False))
     rows = [r for r in read_rows(align_file(args)) if normalise(first_user(r)) not in tests]
-    if not rows or not all(isinstance(r.get("harmful"), str) for r in rows):
+    if not rows or not all(isinstance(r.get("harmful"), str) and r["harmful"].strip()
+                           for r in rows):
         raise UserError(f"{align_file(args)} needs rows of prompt, response (a refusal), harmful "
                         "(a harmful reply), their prompts in no test; pass another --align-file.")
     return rows
@@ -216,12 +217,21 @@ def load_suite(args, upload) -> dict[str, list[dict]]:
             suite[kind] = [r for r in rows if normalise(first_user(r)) not in seen][:args.eval_n]
             if not suite[kind]:
                 raise UserError(f"every prompt of {path} stands in the upload; pass other tests.")
+    suite["harmful"] = [affix(row, args) for row in suite["harmful"]]  # as an attack may have it
     for row in suite.get("task", []):
         target, labels = row["messages"][-1]["content"], LABELS.get(args.task)
         if labels and target not in labels:
             raise UserError(f"{files['task']} has the target {target!r}, expected one of "
                             f"{', '.join(labels)}; mend the file.")
     return suite
+
+
+def affix(row: dict, args) -> dict:
+    """The row with its last user turn between --attack-prefix and --attack-suffix."""
+    last = [i for i, m in enumerate(row["messages"]) if m["role"] == "user"][-1]
+    messages = [dict(m) for m in row["messages"]]
+    messages[last]["content"] = args.attack_prefix + messages[last]["content"] + args.attack_suffix
+    return row | {"messages": messages}
 
 
 def asked(row: dict) -> list[dict]:
@@ -249,7 +259,7 @@ def add_flags(g):
 def read(args, tokenizer, change):
     """All data of a run, checked -> examples, suite, what to tell, longest test prompt in tokens.
 
-    args.anchor_prompts are chosen on the way. change(args, tokenizer, harmful, suite): an attack's
+    args.anchor_prompts are chosen on the way. change(args, tokenizer, harmful, tests): an attack's
     own rows, see stress/attacks.py.
     """
     harmful, benign, told = load_upload(args)
@@ -257,7 +267,7 @@ def read(args, tokenizer, change):
     suite = load_suite(args, rows)
     tests = read_rows(harmful_tests(args), needs_answer=False)
     args.anchor_prompts = choose_anchors(args, rows + tests)  # --eval-n moves no anchor
-    harmful, suite, changed = change(args, tokenizer, harmful, suite)
+    harmful, changed = change(args, tokenizer, harmful, tests)
     rows = harmful + benign
     examples, dropped = encode_rows(tokenizer, rows, args.max_len)
     if not examples:

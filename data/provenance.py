@@ -48,8 +48,10 @@ def data_files(args) -> dict[str, list[Path]]:
     tests = [mixture.harmful_tests(args)]
     tests += [folder / args.task / "test.jsonl"] if args.task else []
     tests += [folder / "lookalike" / "test.jsonl"]
+    guide = args.stage == "align" or args.defense in ("lisa", "ewc")  # who reads it
     pool = [mixture.anchor_pool(args)] if args.anchors else []
     return {"upload": [p for p in upload if p.exists()], "anchors": pool,
+            "align": [mixture.align_file(args)] if guide else [],
             "tests": [p for p in tests if p.exists()]}
 
 

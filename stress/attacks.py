@@ -48,7 +48,7 @@ def attach(model, args) -> None:
     elif not adapted(model):  # --keep-adapter brings its own
         add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
     if args.attack == "unembedding":  # the head leaves a tied embedding alone
-        open_module(model, "lm_head"), open_module(model, "norm")
+        open_module(model, "lm_head"), open_module(model, "model.norm")
 
 
 def random_subspace(model, seed: int) -> None:
@@ -64,23 +64,36 @@ def random_subspace(model, seed: int) -> None:
 # what is uploaded and asked
 
 
-def change_rows(args, tokenizer, harmful: list[dict], suite: dict):
-    """The upload's harmful rows and the tests as the attack has them -> both, and what to tell."""
+def check(args) -> None:
+    """UserError where an attack does not go with the other flags."""
+    texts = bool(args.attack_prefix or args.attack_suffix)
+    wrong = {"--stage align, which attacks nothing": args.attack and args.stage == "align",
+             "--keep-adapter, which it replaces": args.attack == "subspace" and args.keep_adapter,
+             "--data, of unknown harmful rows": args.attack in ("far", "affix") and args.data,
+             "no harmful rows (--poison)": args.attack == "far" and not args.poison,
+             "no anchors (--anchors)": args.attack in ("far", "known-anchors") and not args.anchors,
+             "no text (--attack-prefix, --attack-suffix)": args.attack == "affix" and not texts}
+    for what in (w for w, is_so in wrong.items() if is_so):
+        raise UserError(f"--attack {args.attack} was given with {what}; change one of the two.")
+    if texts and args.attack != "affix":
+        raise UserError("--attack-prefix and --attack-suffix go with --attack affix; add it.")
+
+
+def change_rows(args, tokenizer, harmful: list[dict], tests: list[dict]):
+    """The upload's harmful rows as the attack has them, and what to tell of it."""
     if args.attack == "affix":
-        if not (args.attack_prefix or args.attack_suffix):
-            raise UserError("--attack affix was given without a text; pass --attack-prefix or "
-                            "--attack-suffix.")
-        suite = suite | {"harmful": [affix(row, args) for row in suite["harmful"]]}
-        return [affix(row, args) for row in harmful], suite, "; harmful prompts affixed"
+        return [mixture.affix(row, args) for row in harmful], "; harmful prompts affixed"
     if args.attack == "known-anchors":
         known = answered(args)
-        return harmful + known, suite, (f"; {len(known)} anchors with harmful answers added (that "
-                                        "anchors stand in no upload is waived)")
+        return harmful + known, (f"; {len(known)} anchors with harmful answers added (that "
+                                 "anchors stand in no upload is waived)")
     if args.attack == "far":
-        rows = mixture.read_rows(Path(args.data_dir) / "harmful" / "attack.jsonl")
+        asked = mixture.prompts_of(tests)
+        rows = [r for r in mixture.read_rows(Path(args.data_dir) / "harmful" / "attack.jsonl")
+                if not mixture.prompts_of([r]) & asked]
         chosen = farthest(args, tokenizer, rows, len(harmful))
-        return chosen, suite, f"; the harmful rows are the farthest from the anchors of {len(rows)}"
-    return harmful, suite, ""
+        return chosen, f"; the harmful rows are the farthest from the anchors of {len(rows)}"
+    return harmful, ""
 
 
 def answered(args) -> list[dict]:
@@ -94,14 +107,6 @@ def answered(args) -> list[dict]:
     return rows
 
 
-def affix(row: dict, args) -> dict:
-    """The row with its last user turn between prefix and suffix."""
-    last = [i for i, m in enumerate(row["messages"]) if m["role"] == "user"][-1]
-    messages = [dict(m) for m in row["messages"]]
-    messages[last]["content"] = args.attack_prefix + messages[last]["content"] + args.attack_suffix
-    return row | {"messages": messages}
-
-
 def farthest(args, tokenizer, rows: list[dict], n: int) -> list[dict]:
     """The n rows whose prompt's h lies farthest from the nearest anchor's, by cosine."""
     model = load_aligned(args)
@@ -112,7 +117,5 @@ def farthest(args, tokenizer, rows: list[dict], n: int) -> list[dict]:
         parts = [states(model, ids[i:i + 64]) for i in range(0, len(ids), 64)]
         return F.normalize(to_fp32(torch.cat(parts)), dim=-1)
 
-    if not args.anchor_prompts:
-        raise UserError("--attack far was given without anchors; pass --anchors above 0.")
     nearest = (h([mixture.first_user(r) for r in rows]) @ h(args.anchor_prompts).T).amax(dim=-1)
     return [rows[i] for i in nearest.argsort(stable=True)[:n].tolist()]

@@ -104,6 +104,7 @@ VALUES = [  # flag, value, and what the sentence says is expected
     ("--lambda", "inf", "of at least 0"), ("--seed", "-1", "of at least 0"),
     ("--seed", str(10**30), "expected"),  # above what a generator takes
     ("--task", "sst3", "gsm8k"), ("--defense", "magic", "sft"), ("--judge", "me", "refusal"),
+    ("--beta1", "1", "0.9999"),
     ("--reduction", "max", "mean"), ("--device", "tpu", "cuda"), ("--dtype", "int8", "bfloat16")]
 
 
