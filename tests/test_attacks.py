@@ -510,11 +510,12 @@ def test_a_run_that_uploads_its_anchors_says_that_the_check_is_waived(inputs, tm
     assert "waived" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", [{"anchor_file": None}, {"anchors": 0}],
-                         ids=["no responses", "no anchors"])
-def test_known_anchors_without_harmful_answers_are_refused(inputs, capsys, tmp_path, changes):
+@pytest.mark.parametrize("changes, word", [({"anchor_file": None}, "--anchor-file"),
+                                           ({"anchors": 0}, "--anchors")])
+def test_known_anchors_without_harmful_answers_are_refused(
+        inputs, capsys, tmp_path, changes, word):
     argv = settings(inputs, "known-anchors", out=tmp_path / "out", **changes)
-    check_refused(capsys, argv, "known-anchors", "--anchor-file")
+    check_refused(capsys, argv, "known-anchors", word)
     assert not (tmp_path / "out").exists()
 
 
@@ -588,17 +589,37 @@ def test_far_leaves_benign_rows_anchors_and_tests_as_they_were(many):
     assert suite == plain_suite and args.anchor_prompts == plain_args.anchor_prompts
 
 
-def test_far_chooses_no_row_whose_prompt_is_a_test(many, tmp_path):
-    """Only the head of the file was kept apart from the tests when those were read."""
-    shutil.copytree(many / "data", tmp_path / "data")
-    tests = [{"prompt": p.upper(), "response": r} for p, r in DATA["harmful/test"]]
-    write_rows(tmp_path / "data" / "harmful" / "attack.jsonl",
-               [{"prompt": p, "response": r} for p, r in FAR[:8]] + tests)
-    rows, suite, args, _ = upload(many, "far", data_dir=tmp_path / "data", **HALF)
+def attack_file(folder, source, *rows):
+    """A copy of the data whose harmful rows are these."""
+    shutil.copytree(source / "data", folder)
+    write_rows(folder / "harmful" / "attack.jsonl", [{"prompt": p, "response": r} for p, r in rows])
+    return folder
+
+
+def test_far_chooses_no_row_whose_prompt_is_a_test_or_an_anchor(many, tmp_path):
+    """Only the head of the file was kept apart from them when those were read."""
+    tests = [(p.upper(), r) for p, r in DATA["harmful/test"]]
+    args = train_py.parse(settings(many, "far", **HALF))
+    pool = [(mixture.first_user(r).upper() + "!", "Sure.") for r in mixture.read_rows(
+        mixture.anchor_pool(args), needs_answer=False)]
+    data = attack_file(tmp_path / "data", many, *FAR[:8], *pool, *tests)
+    rows, suite, args, _ = upload(many, "far", data_dir=data, **HALF)
     asked = {row["messages"][0]["content"] for row in suite["harmful"]}
     assert asked == {p for p, _ in DATA["harmful/test"][:4]}  # --eval-n 4
-    copies = encoded(args, [mixture.to_row(t, "test") for t in tests])
-    assert not set(rows) & set(copies) and len(rows) == 16
+    apart = mixture.prompts_of(mixture.read_rows(mixture.harmful_tests(args))) | {
+        mixture.normalise(p) for p in args.anchor_prompts}
+    copies = [r for r in mixture.read_rows(data / "harmful" / "attack.jsonl")
+              if mixture.prompts_of([r]) & apart]
+    assert len(copies) == len(tests) + 2
+    assert not set(rows) & set(encoded(args, copies)) and len(rows) == 16
+
+
+def test_far_with_fewer_rows_to_choose_from_than_it_needs_is_refused(many, capsys, tmp_path):
+    """Seven rows would not be the upload that was asked for."""
+    data = attack_file(tmp_path / "data", many, *FAR[:7], DATA["harmful/test"][0])
+    check_refused(capsys, settings(many, "far", out=tmp_path / "out", data_dir=data, **HALF), "8",
+                  "7", str(data / "harmful" / "attack.jsonl"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -645,7 +666,7 @@ def test_affix_takes_the_last_user_turn_and_either_text_alone(inputs, texts):
         ("system", "s"), ("user", "first"), ("assistant", "a"), ("user", "last"),
         ("assistant", "b"))]}
     before = json.dumps(row)
-    after = attacks.affix(row, args)
+    after = mixture.affix(row, args)
     last = texts.get("attack_prefix", "") + "last" + texts.get("attack_suffix", "")
     assert [m["content"] for m in after["messages"]] == ["s", "first", "a", last, "b"]
     assert after["id"] == 7 and json.dumps(row) == before  # the row itself is not written to

@@ -424,8 +424,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_control_a_measurement_that_writes_is_seen(kept, what):
-    own = copy.copy(kept)
-    own.model, own.optimizer = copy.deepcopy((kept.model, kept.optimizer))
+    own = Namespace(model=copy.deepcopy(kept.model))
     own.params = trainable(own.model)
     own.optimizer = torch.optim.AdamW(own.params, lr=1e-2)
     for p in own.params:
