@@ -307,7 +307,7 @@ def weight_files(dir: Path) -> list[Path]:
     if index.exists():
         return [dir / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     if not (dir / "model.safetensors").exists():
-        hint = "convert its .bin files" if any(dir.glob("*.bin")) else "fetch it again"
+        hint = "convert .bin by docs/judges.md" if any(dir.glob("*.bin")) else "fetch it again"
         raise UserError(f"{dir} has neither model.safetensors nor its index; {hint}.")
     return [dir / "model.safetensors"]
 
