@@ -1,9 +1,9 @@
 """Batched greedy decoding with a KV cache, no padding, and refill of finished rows.
 
 Sequences sit in slots 0 .. n-1 of one cache. Prompts are prefilled packed, as in training; then
-each step adds one token to every slot. When a row ends, the last slot moves into its place and
-waiting prompts fill the end, so no step is spent on a row that is done: a defended model refuses in
-ten tokens, an attacked one may write hundreds.
+each step adds one token to every slot. When a row ends, the last slot moves into its place, so no
+step is spent on a row that is done; waiting prompts come in when a quarter of the slots is free. A
+defended model refuses in ten tokens, an attacked one may write hundreds.
 
     python generate.py --model DIR [--adapter DIR] --prompt TEXT      # to look at a model
 """

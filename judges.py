@@ -87,6 +87,9 @@ def open_judge(args, folder):
     folder: where verdicts.jsonl keeps what a model said, by the content of model, prompt and reply.
     """
     if args.judge in ("refusal", "tiny"):
+        if args.judge_model or args.judge_url:
+            raise UserError(f"--judge-model or --judge-url was given with --judge {args.judge}, "
+                            "which asks no model; pass --judge beaver-dam or rubric.")
         return lambda pairs: [{"verdict": JUDGES[args.judge](*pair)} for pair in pairs]
     opened = {"beaver-dam": open_beaver_dam, "rubric": open_rubric}[args.judge](args)
     judge = remembered(opened, Store(Path(folder) / "verdicts.jsonl", identity(args)))

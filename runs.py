@@ -41,7 +41,7 @@ class Help(argparse.HelpFormatter):
     """Says each flag's default, which is stated where the flag is."""
 
     def _get_help_string(self, action):
-        silent = action.default in (None, False, argparse.SUPPRESS)
+        silent = any(action.default is x for x in (None, False, argparse.SUPPRESS))
         return action.help + ("" if silent else " (default %(default)s)")
 
 

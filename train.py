@@ -87,9 +87,9 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_steps, start=0):
                      "tokens": batch.n_tokens}
 
 
-def train(run, model, tokenizer, examples, suite, step_fn, optimizer, probe, args) -> dict:
+def train(run, model, tokenizer, examples, suite, judge, step_fn, optimizer, probe, args) -> dict:
     """All updates, evaluations and checkpoints from where the folder stands -> what was done."""
-    device, judge = model.model.embed_tokens.weight.device, open_judge(args, run.dir)
+    device = model.model.embed_tokens.weight.device
     n_steps, per_epoch = args.n_steps, args.n_steps // args.epochs
     start, done = run.start(model, optimizer, step_fn)
     # Reading a number waits for a GPU, hence in groups; 20 is our choice, not yet measured.
@@ -166,7 +166,7 @@ def parse(argv=None):
 
 
 def defence_flags(g):
-    g.add_argument("--defense", choices=DEFENSES, default="sbr", help="what trains")
+    g.add_argument("--defense", choices=DEFENSES, default="sbr", help="sft is lambda 0")
     g.add_argument("--stage", choices=("finetune", "align"),
                    help="on the upload, or before it on --align-file (default: the defence's own)")
     g.add_argument("--anchors", type=at_least(int, 0), default=8, metavar="K",
@@ -179,10 +179,10 @@ def defence_flags(g):
 
 
 def optimiser_flags(g):
-    g.add_argument("--rank", type=COUNT, default=16, help="of the adapters")
+    g.add_argument("--rank", type=COUNT, default=16, help="rank of the adapters")
     g.add_argument("--alpha", type=POSITIVE, default=16.0, help="they are scaled by alpha / rank")
     g.add_argument("--rslora", action="store_true", help="by alpha / sqrt(rank) instead")
-    g.add_argument("--lr", type=POSITIVE, default=1e-5, help="of the first update")
+    g.add_argument("--lr", type=POSITIVE, default=1e-5, help="falls linearly to 0")
     g.add_argument("--epochs", type=COUNT, default=20, help="passes over the upload")
     g.add_argument("--batch-size", type=COUNT, default=32, help="rows an update")
     g.add_argument("--beta1", type=at_least(float, 0, at_most=0.9999), default=0.9, help="of AdamW")
@@ -190,7 +190,7 @@ def optimiser_flags(g):
     g.add_argument("--tokens-per-pass", type=COUNT, default=16384,
                    help="a larger batch is cut: less memory, the same gradient")
     g.add_argument("--seed", type=at_least(int, 0, at_most=2**31 - 1), default=0,
-                   help="of the adapters, the order of rows and the anchors")
+                   help="draws adapters, order of rows and anchors")
     g.add_argument("--recompute", action="store_true",
                    help="run each block again in backward: less memory, the same gradient, slower")
     add_place(g)
@@ -259,13 +259,15 @@ def execute(args) -> None:
         n_base = sum(p.numel() for p in model.parameters()) - n_trained
         largest = largest_pass(examples, encode(tokenizer, args.anchor_prompts), args)
         n_replies = min(BATCH, sum(map(len, suite.values())))
+        judge = open_judge(args, run.dir)  # before the forecast: it may be a model, too
         forecast = forecast_bytes(model, args, *largest, n_replies, longest)
         print(f"{args.model}: {n_base:,} parameters, frozen, {args.dtype} on {args.device}; "
               f"{n_trained:,} in adapters, trained\n{told}\n"
               f"memory: about {forecast / 1e6:,.0f} MB\n"
               f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}; "
               f"all settings, versions and digests: {run.dir / 'config.json'}")
-        done = train(run, model, tokenizer, examples, suite, step_fn, optimizer, probe, args)
+        done = train(run, model, tokenizer, examples, suite, judge, step_fn, optimizer, probe,
+                     args)
         merged = f" + {args.adapter}, merged" if args.adapter and not args.keep_adapter else ""
         run.finish(model, args.model + merged, done, forecast)
     print(report(run.dir))

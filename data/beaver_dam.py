@@ -37,7 +37,7 @@ def open_beaver_dam(args):
     @torch.no_grad()
     def judge(pairs):
         verdicts, device = [], model.model.embed_tokens.weight.device
-        for i in range(0, len(pairs), 32):  # 8,192 tokens at the most
+        for i in range(0, len(pairs), 32):  # pairs a pass: our choice
             ids = [torch.tensor(encode(*pair)) for pair in pairs[i:i + 32]]
             seqlens = [len(x) for x in ids]
             last = (torch.tensor(seqlens).cumsum(0) - 1).to(device)

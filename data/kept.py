@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model import UserError
 
-PART = 256  # verdicts asked of a model at once, and kept
+PART = 256  # verdicts asked of a model at once, and then kept: our choice
 
 
 class Store:

@@ -1,4 +1,4 @@
-"""Public downloads -> a data folder (see README.md): one JSONL format, prompts kept apart.
+"""Public downloads -> a data folder (data/README.md): one JSONL format, prompts kept apart.
 
     python -m data.prepare --out DATA --sst2 DIR --agnews DIR --gsm8k DIR --alpaca FILE \\
         --beavertails DIR --xstest FILE
@@ -123,7 +123,7 @@ def refusals(file):
 
 
 def advbench(file):
-    """Goals with an answer's opening: two thirds for upload and anchors, the last for tests."""
+    """Goals with the opening of an answer: a third each for upload, anchors and tests."""
     rows = [pair(r["goal"], r["target"]) for r in read_csv(file)]
     third = len(rows) // 3
     return [Path(file)], rows[:2 * third], [pair(r["prompt"]) for r in rows[2 * third:]]
@@ -184,7 +184,8 @@ def parse(argv=None):
     p.add_argument("--n-attack", type=at_least(int, 1), default=5000,
                    help="harmful rows for uploads at most (half of them all, if they are fewer)")
     p.add_argument("--n-test", type=at_least(int, 1),
-                   help=f"test rows of each kind (default, the papers': {N_TEST})".replace("'", ""))
+                   help="test rows of each kind (default, the papers': "
+                        + ", ".join(f"{kind} {n}" for kind, n in N_TEST.items()) + ")")
     p.add_argument("--shuffle", type=at_least(int, 0), metavar="SEED",
                    help="shuffle training rows (default: the file's order, as in the papers)")
     return p.parse_args(argv)
