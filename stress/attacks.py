@@ -88,9 +88,12 @@ def change_rows(args, tokenizer, harmful: list[dict], tests: list[dict]):
         return harmful + known, (f"; {len(known)} anchors with harmful answers added (that "
                                  "anchors stand in no upload is waived)")
     if args.attack == "far":
-        asked = mixture.prompts_of(tests)
-        rows = [r for r in mixture.read_rows(Path(args.data_dir) / "harmful" / "attack.jsonl")
-                if not mixture.prompts_of([r]) & asked]
+        path = Path(args.data_dir) / "harmful" / "attack.jsonl"
+        apart = mixture.prompts_of(tests) | {mixture.normalise(p) for p in args.anchor_prompts}
+        rows = [r for r in mixture.read_rows(path) if not mixture.prompts_of([r]) & apart]
+        if len(rows) < len(harmful):
+            raise UserError(f"--attack far needs {len(harmful)} rows of {path}, where {len(rows)} "
+                            "are no test; lower --n or --poison.")
         chosen = farthest(args, tokenizer, rows, len(harmful))
         return chosen, f"; the harmful rows are the farthest from the anchors of {len(rows)}"
     return harmful, ""

@@ -58,7 +58,11 @@ def make_probe(model, tokenizer, suite, args, optimizer):
     openers = torch.tensor(sorted({tokenizer.encode(w)[0] for w in OPENERS}), device=device)
     start = [(m.lora_A.detach().clone(), m.lora_B.detach().clone()) for _, m in adapted(model)]
     theta = [p.detach().clone() for p in params]
-    then = look(model, bad, good, asked, held)
+    then, moved = look(model, bad, good, asked, held), [False] * len(params)
+
+    @optimizer.register_step_pre_hook
+    def note(*_):  # T-Vaccine's layers rest in turn, and AdamW passes over them
+        moved[:] = [p.grad is not None for p in params]
 
     def probe() -> dict:
         now = look(model, bad, good, asked, held)
@@ -66,7 +70,7 @@ def make_probe(model, tokenizer, suite, args, optimizer):
                    **weight_distance(model, start), **drifts(then, now),
                    **first_token(then["logits"], now["logits"], openers)}
         if bad.examples:
-            numbers |= gradient(model, params, bad, optimizer)
+            numbers |= gradient(model, params, bad, optimizer, moved)
         return {name: float(value) for name, value in numbers.items()}
 
     return probe
@@ -131,10 +135,10 @@ def first_token(then, now, openers) -> dict:
             "margin": (now[:, openers].amax(-1) - rest).mean()}
 
 
-def gradient(model, params, batch, optimizer) -> dict:
+def gradient(model, params, batch, optimizer, moved) -> dict:
     """grad h and what one step along it does; the weights are put back to the bit."""
     h, g = loss_and_gradient(model, params, batch)
-    size, update = norm(g), last_update(params, optimizer)
+    size, update = norm(g), last_update(params, optimizer, moved)
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
         for p, g_p in zip(params, g, strict=True):
@@ -160,14 +164,20 @@ def loss_and_gradient(model, params, batch):
     return total, g
 
 
-def last_update(params, optimizer):
-    """AdamW's last step, -lr m / (sqrt(v) + eps), from its state; None before the first."""
+def last_update(params, optimizer, moved):
+    """AdamW's last step, -lr m / (sqrt(v) + eps), from its state; None before the first.
+
+    moved: which params it moved; the state of the others is an older step's.
+    """
     group, update = optimizer.param_groups[0], []
-    for p in params:
-        state = optimizer.state.get(p)
-        if not state:
-            return None
-        (beta1, beta2), t = group["betas"], float(state["step"])
+    if not any(moved):
+        return None
+    for p, now in zip(params, moved, strict=True):
+        if not now:
+            update.append(torch.zeros_like(p))
+            continue
+        state, (beta1, beta2) = optimizer.state[p], group["betas"]
+        t = float(state["step"])
         m, v = state["exp_avg"] / (1 - beta1 ** t), state["exp_avg_sq"] / (1 - beta2 ** t)
         update.append(-group["lr"] * m / (v.sqrt() + group["eps"]))
     return update
