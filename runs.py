@@ -6,10 +6,12 @@
     state.safetensors           the checkpoint: adapters, Adam's moments, next step, evaluations
     adapter_model.safetensors   with adapter_config.json: the result, in PEFT's format
     result.json                 written last; its presence says that the run is finished
+    verdicts.jsonl              what a judge that is a model said; eval.py adds replies.jsonl and
+                                eval-<judge>.json and .jsonl (data/kept.py)
 
 A file is replaced by writing beside it, syncing and renaming, so a kill at any moment leaves the
-old one or the new one. The two .jsonl files only grow; the checkpoint knows how long they were, and
-what lies past that is cut when the run resumes.
+old one or the new one. log.jsonl and generations.jsonl only grow; the checkpoint knows how long
+they were, and what lies past that is cut when the run resumes.
 """
 
 import argparse
