@@ -19,6 +19,7 @@ import json
 import sys
 from pathlib import Path
 
+from cli import COUNT, TINY, Parser, at_least, exit_code
 from data import mixture
 from data.kept import Store
 from data.provenance import model_files, sha256
@@ -29,7 +30,7 @@ from judges import JUDGES, is_degenerate, is_refusal, open_compare, open_judge
 from lora import load_adapter, write_atomic
 from model import UserError
 from paper.report import summarise, table
-from runs import COUNT, TINY, Parser, at_least, exit_code, read_settings
+from runs import read_settings
 from tokenizer import DATE, Tokenizer
 
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import COUNT, TINY, Parser, exit_code
 from distributed import add_place, place, record
 from lora import load_adapter, merge
 from model import Config, Llama, UserError, load_model
-from runs import COUNT, TINY, Parser, exit_code
 from tokenizer import DATE, Tokenizer
 
 BATCH = 128  # replies written at once

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from cli import Parser, exit_code
 from model import UserError, load_model, read_json, read_tensors, to_fp32, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -249,7 +250,6 @@ def merge_folder(model_dir, adapter_dir, out) -> str:
 
 def main(argv=None) -> int:
     """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
-    from runs import Parser, exit_code  # which imports this file
     p = Parser("lora.py", "Merge an adapter into its model, as a Hugging Face folder.")
     p.add_argument("command", choices=("merge",))
     p.add_argument("--model", required=True, help="Hugging Face folder")

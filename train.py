@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from anchors import Anchors, FinalNorm, encode
 from baselines import STAGES, booster, deepalign, ewc, lisa, t_vaccine, vaccine
+from cli import COUNT, POSITIVE, Parser, at_least, exit_code
 from data import mixture
 from data.batches import batch_at, largest_pass
 from data.kept import Store
@@ -36,7 +37,7 @@ from judges import open_judge
 from lora import adapted, trainable
 from model import UserError, to_fp32
 from paper.report import report
-from runs import COUNT, POSITIVE, Log, Parser, Run, at_least, exit_code
+from runs import Log, Run
 from stress import attacks
 from stress.probes import epoch_list, make_probe
 from tokenizer import Tokenizer

@@ -19,8 +19,8 @@ simulated attack lives on this adapter, so the attack that follows must keep it 
 import torch
 
 from baselines import align_rows, backward, norm, take_gradient
+from cli import at_least
 from lora import trainable
-from runs import at_least
 
 
 def add_flags(g):

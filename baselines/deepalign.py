@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 
 from baselines import Rows, align_rows, backward
+from cli import COUNT, at_least
 from data import mixture
 from data.batches import Batch, Example, encode_rows
 from generate import generate
 from lora import trainable
 from model import to_fp32
-from runs import COUNT, at_least
 
 FIRST, EARLY, FLOOR = 5, 20, 1e-3  # factors on beta for token 1 and for tokens 2 to 5; least w
 LONGEST_PREFIX, BENIGN_RATIO = 100, 4

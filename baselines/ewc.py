@@ -15,8 +15,8 @@ repository's last Fisher batch leaked its gradient into the first update; here i
 """
 
 from baselines import align_rows, backward, take_gradient
+from cli import COUNT, at_least
 from lora import trainable
-from runs import COUNT, at_least
 
 
 def add_flags(g):

@@ -17,8 +17,8 @@ README has the two snapshots swapped; this is its code.
 """
 
 from baselines import align_rows, backward, norm
+from cli import COUNT, at_least
 from lora import trainable
-from runs import COUNT, at_least
 
 
 def add_flags(g):

@@ -21,8 +21,8 @@ import torch
 
 from baselines import align_rows
 from baselines.vaccine import pushed_backward, pushes
+from cli import COUNT, at_least
 from lora import adapted
-from runs import COUNT, at_least
 
 
 def add_flags(g):

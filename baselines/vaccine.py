@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 
 from baselines import nll, norm
-from runs import at_least
+from cli import at_least
 
 
 def add_flags(g):

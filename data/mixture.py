@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from cli import COUNT, TINY, at_least
 from data.batches import encode_rows
 from data.tasks import LABELS, TASKS
 from model import UserError
-from runs import COUNT, TINY, at_least
 from tokenizer import DATE
 
 FORMATS = ('{"messages": [...]}, {"conversations": [...]}, {"prompt", "response"} or '

@@ -18,12 +18,12 @@ import random
 import sys
 from pathlib import Path
 
+from cli import Parser, at_least, exit_code
 from data import mixture
 from data.provenance import sha256
 from data.tasks import AGNEWS, GSM8K_HINT, LABELS, SST2
 from lora import write_atomic
 from model import UserError
-from runs import Parser, at_least, exit_code
 
 # Test rows by default: what the papers score. SST-2's validation has 872.
 N_TEST = {"sst2": 872, "agnews": 1000, "gsm8k": 1000, "alpaca": 104, "harmful": 1000}

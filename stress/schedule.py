@@ -21,10 +21,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cli import COUNT, TINY, Parser, exit_code
 from lora import write_atomic
 from model import UserError, read_json
 from paper.report import wilson
-from runs import COUNT, TINY, Parser, exit_code
 
 EPOCHS = "1,2,3,5,10,15,20,30,40,50"  # of the long schedule, the paper's
 ALIGN = "--n 500 --epochs 10 --eval-n 200 --eval-epochs 10"  # 160 updates, our choice

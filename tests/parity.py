@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from cli import Parser, RunFailed, at_least, exit_code
 from distributed import add_place, place
 from generate import TINY
 from lora import load_adapter
 from model import load_model
-from runs import Parser, RunFailed, at_least, exit_code
 from tests.helpers import hf_states, states
 from tokenizer import DATE, Tokenizer
 

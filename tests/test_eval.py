@@ -145,7 +145,8 @@ def data(tmp_path):
 
 
 def make_args(data, **overrides):
-    return Namespace(**{"data_dir": str(data), "harmful_file": None, "task": "sst2", "eval_n": 100,
+    return Namespace(**{"data_dir": str(data), "harmful_file": None, "attack_prefix": "",
+                        "attack_suffix": "", "task": "sst2", "eval_n": 100,
                         "judge": "refusal", "judge_model": None, "judge_url": None, "max_new": 8,
                         "fa_rule": "exact", "cuda_graph": False, **overrides})
 

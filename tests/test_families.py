@@ -44,11 +44,11 @@ from safetensors.torch import load_file, save_file
 import model as model_py
 from anchors import FinalNorm
 from anchors import states as last_states
+from cli import Parser
 from distributed import add_place
 from generate import load_aligned
 from lora import adapter_state, load_adapter, save_adapter, trainable
 from model import Layout, RMSNorm, UserError, load_model, read_config
-from runs import Parser
 
 peft = pytest.importorskip("peft", reason="the reference; see requirements-dev.txt")
 transformers = pytest.importorskip("transformers", reason="the reference; see requirements-dev.txt")
