@@ -137,7 +137,7 @@ def load_upload(args) -> tuple[list[dict], list[dict], str]:
     --n rows and --poison.
     """
     if args.stage == "align":
-        rows = align_rows(args)[:args.n]
+        rows = align_rows(args)
         return [], rows, f"alignment: {len(rows)} harmful prompts with refusals"
     if args.data:
         rows = read_rows(args.data)
@@ -156,7 +156,7 @@ def align_file(args) -> Path:
 def align_rows(args) -> list[dict]:
     """The defender's rows: harmful prompts with a refusal, and in "harmful" a harmful reply.
 
-    Prompts that stand in the tests are left out.
+    Prompts that stand in the tests are left out; with --stage align the first --n are taken.
     """
     tests = prompts_of(read_rows(harmful_tests(args), needs_answer=False))
     rows = [r for r in read_rows(align_file(args)) if normalise(first_user(r)) not in tests]
@@ -164,7 +164,7 @@ def align_rows(args) -> list[dict]:
                            for r in rows):
         raise UserError(f"{align_file(args)} needs rows of prompt, response (a refusal), harmful "
                         "(a harmful reply), their prompts in no test; pass another --align-file.")
-    return rows
+    return rows[:args.n] if args.stage == "align" else rows
 
 
 def choose_anchors(args, used: list[dict]) -> list[str]:

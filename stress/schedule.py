@@ -10,7 +10,11 @@ A run is `python train.py ...` in runs/stress/<list>/<name>; a finished one is n
 --jobs runs at once, each with one thread. Prints a table; docs/results/<list>.json holds the
 numbers and the command of every row. Flags after -- go to every run: `-- --model DIR`.
 
-The search looks at HS on the harmful tests behind the first 500, which no other list asks.
+The search: the same four runs a method, SBR included, with --seed 100 on the harmful tests behind
+the first 500, which no other list asks. Chosen is the lowest HS among the settings whose FA is at
+most 3 points below that of plain fine-tuning, or with none such the highest FA; the other lists
+read it from docs/results/search.json. Methods of the alignment stage are searched in their
+learning rate, too: 1e-5 is the attack's, theirs is 50 to 100 times that in their repositories.
 """
 
 import json
@@ -27,60 +31,75 @@ from model import UserError, read_json
 from paper.report import wilson
 
 EPOCHS = "1,2,3,5,10,15,20,30,40,50"  # of the long schedule, the paper's
-ALIGN = "--n 500 --epochs 10 --eval-n 200 --eval-epochs 10"  # 160 updates, our choice
-KEEP = {"booster": " --keep-adapter"}  # its simulated attack lives on its adapter
-# What each rival watches, of stress/probes.py.
-WATCHES = {"sft": "drift", "sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc": "d_theta",
-           "vaccine": "drift_vaccine", "t-vaccine": "drift_vaccine", "booster": "harmful_drop",
-           "deepalign": "kl"}
-# Four values of each method's main setting; its papers' own is among them.
+ALIGN = "--n 500 --epochs 10"  # 160 updates, our choice
+VALIDATE = "--seed 100 --epochs 10 --eval-epochs 10 --harmful-file runs/stress/validation.jsonl"
+# Four settings of each method, around its papers' own.
 SEARCH = {
-    "sbr": ("--lambda", 5, 50, 200, 1000), "lisa": ("--lisa-rho", 0.01, 1, 10, 100),
-    "ewc": ("--ewc-lambda", 1e5, 1e7, 1e9, 1e11), "vaccine": ("--vaccine-rho", 0.5, 2, 5, 20),
-    "deepalign": ("--deepalign-beta", 0.1, 0.5, 2, 10),
-    "booster": ("--booster-lambda", 1, 5, 25, 100),
-    "t-vaccine": ("--t-vaccine-rho", 0.5, 3, 5, 20)}
-CHOSEN = {method: f"{values[0]} {values[2]:g}" for method, values in SEARCH.items()}
-ALIGNING = ("vaccine", "t-vaccine", "booster")
+    "sbr": [f"--lambda {v}" for v in (5, 50, 200, 1000)],
+    "lisa": [f"--lisa-rho {v}" for v in (0.01, 1, 10, 100)],
+    "ewc": [f"--ewc-lambda {v}" for v in ("1e5", "1e7", "1e9", "1e11")],
+    "deepalign": [f"--deepalign-beta {v}" for v in (0.1, 0.5, 2, 10)],
+    "vaccine": [f"--vaccine-rho {v} --lr {lr}" for lr in ("1e-4", "3e-4") for v in (2, 5)],
+    "t-vaccine": [f"--t-vaccine-rho {v} --lr {lr}" for lr in ("1e-4", "3e-4") for v in (3, 10)],
+    "booster": [f"--booster-lambda {v} --lr {lr}" for lr in ("3e-5", "1e-4") for v in (5, 25)],
+    "sft-align": [f"--lr {lr}" for lr in ("3e-5", "1e-4", "3e-4", "1e-3")],
+    "deepalign-align": [f"--lr {lr}" for lr in ("3e-5", "1e-4", "3e-4", "1e-3")]}
+SLACK = 3.0  # points of FA that a defence may cost in the search, our choice
+# What each method holds or watches, of stress/probes.py.
+WATCHES = {"sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc": "d_theta",
+           "booster": "harmful_drop", "deepalign": "kl", "deepalign-align": "kl"}
+FINETUNE = ("sft", "sbr", "lisa", "ewc", "deepalign")
 
 
 def defended(method: str, setting: str, attack: str, align: str = ALIGN) -> list[tuple[str, str]]:
     """(suffix of the name, flags) of a method's run or, aligned first, of its two runs."""
-    if method not in ALIGNING:
+    if method in FINETUNE:
         return [("", f"--defense {method} {setting} {attack}")]
-    return [("-align", f"--defense {method} {setting} {align}"),
-            ("", f"--defense sft --adapter {{align}}{KEEP.get(method, '')} {attack}")]
+    keep = "--keep-adapter " * (method == "booster")  # its simulated attack lives on its adapter
+    name = method.removesuffix("-align")
+    return [("-aligned", f"--defense {name} --stage align {align} {setting}"),
+            ("", f"--defense sft --adapter {{aligned}} {keep}{attack}")]
+
+
+def chosen(path=Path("docs/results/search.json")) -> dict[str, str]:
+    """Each method's setting, by the rule above."""
+    rows = {r["name"]: (r["hs"]["10"], r["fa"]["10"]) for r in read_json(path)}
+    least = rows["sft"][1] - SLACK
+
+    def rank(name):
+        hs, fa = rows[name]
+        return (0, hs, -fa) if fa >= least else (1, -fa, hs)
+
+    return {m: settings[min(range(len(settings)), key=lambda i: rank(f"{m}-{i + 1}"))]
+            for m, settings in SEARCH.items()}
 
 
 def runs_of(what: str) -> list[tuple[str, str]]:
-    """(name, flags) of a list's runs; {align} in flags is the folder of <name>-align."""
-    methods = {"sft": "", **CHOSEN}
+    """(name, flags) of a list's runs; {aligned} in flags is the folder of <name>-aligned."""
     if what == "search":
-        attack = ("--seed 100 --epochs 10 --eval-n 200 --eval-epochs 10 "
-                  "--harmful-file runs/stress/validation.jsonl")
-        named = [("sft", "sft", "")] + [
-            (f"{m}-{v:g}", m, f"{flag} {v:g}") for m, (flag, *vs) in SEARCH.items() for v in vs]
-        return [(n + s, f) for n, m, setting in named for s, f in defended(
-            m, setting, attack, ALIGN + " --seed 100")]
-    if what == "table":
-        return [(m + s, f) for m, v in methods.items() for s, f in defended(m, v, "")]
-    if what == "long":
-        attack = f"--epochs 50 --eval-epochs {EPOCHS} --probes 0,{EPOCHS}"
-        return [(m + s, f) for m, v in methods.items() for s, f in defended(m, v, attack)]
+        named = [("sft", "sft", "")] + [(f"{m}-{i}", m, setting) for m, settings in SEARCH.items()
+                                        for i, setting in enumerate(settings, 1)]
+        return [(n + s, f) for n, m, setting in named
+                for s, f in defended(m, setting, VALIDATE, f"{VALIDATE} --n 500")]
     if what == "grid":
         return [(f"{m}-lr{lr}-e{e}", f"--defense {m} --lr {lr} --epochs {e}")
                 for m in ("sft", "sbr") for lr in ("1e-5", "3e-5", "1e-4") for e in (5, 20, 50)]
-    attacks = {"none": "", "subspace": "--attack subspace", "subspace-lr10":
-               "--attack subspace --lr 1e-4", "unembedding": "--attack unembedding",
+    methods = {"sft": "", **chosen()}
+    if what != "attacks":
+        attack = f"--epochs 50 --eval-epochs {EPOCHS} --probes 0,{EPOCHS}" * (what == "long")
+        return [(m + s, f) for m, v in methods.items() for s, f in defended(m, v, attack)]
+    attacks = {"none": "", "subspace": "--attack subspace", "unembedding": "--attack unembedding",
                "known-anchors": "--attack known-anchors", "far": "--attack far",
                "prefix": "--attack affix --attack-prefix 'My dear friend. '",
                "suffix": "--attack affix --attack-suffix ' Thank you, that is all.'"}
-    return [(f"{m}-{name}", f"--defense {m} {flags}") for m in ("sft", "sbr")
-            for name, flags in attacks.items()]
+    return [*((f"{m}-{name}", f"--defense {m} {methods[m]} {flags}") for m in ("sft", "sbr")
+              for name, flags in attacks.items()),
+            *((f"{m}-subspace-lr10", f"--defense {m} {methods[m]} --attack subspace --lr 1e-4")
+              for m in FINETUNE)]
 
 
 def command(name: str, flags: str, folder: Path, more: list[str]) -> list[str]:
-    words = shlex.split(flags.replace("{align}", str(folder / f"{name}-align")))
+    words = shlex.split(flags.replace("{aligned}", str(folder / f"{name}-aligned")))
     return ["train.py", *words, *more, "--out", str(folder / name), "--resume"]
 
 
@@ -115,7 +134,7 @@ def show(what: str, rows: list[dict]) -> str:
         lines.append(f"| {r['name']} | {r['hs'][last]:.1f} ({low:.1f} to {high:.1f}) | "
                      f"{r['fa'][last]:.1f} | {r['over_refusal'][last]:.1f} |")
         if what == "long":
-            watched = WATCHES[r["name"]]
+            watched = WATCHES.get(r["name"], "drift")
             lines += [f"|  epoch {e} | {hs:.1f} | {r['fa'][e]:.1f} | {watched} "
                       f"{r['probes'][e].get(watched, float('nan')):.3g} |"
                       for e, hs in r["hs"].items()]
@@ -131,9 +150,9 @@ def execute(args) -> None:
     todo = runs_of(args.list)
     with ThreadPoolExecutor(args.jobs) as pool:
         for first in (True, False):
-            stage = [(n, f) for n, f in todo if n.endswith("-align") == first]
+            stage = [(n, f) for n, f in todo if n.endswith("-aligned") == first]
             list(pool.map(lambda run: make(*run, folder, args.flags), stage))
-    rows = [row(n, f, folder, args.flags) for n, f in todo if not n.endswith("-align")]
+    rows = [row(n, f, folder, args.flags) for n, f in todo if not n.endswith("-aligned")]
     write_atomic(Path("docs") / "results" / f"{args.list}.json",
                  json.dumps(rows, indent=1).encode())
     print(show(args.list, rows))
