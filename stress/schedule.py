@@ -6,15 +6,16 @@
     python -m stress.schedule long         50 epochs: HS at ten of them, beside what is watched
     python -m stress.schedule grid         attack strength: learning rate x epochs
 
-A run is `python train.py ...` in runs/stress/<list>/<name>; a finished one is not made again.
---jobs runs at once, each with one thread. Prints a table; docs/results/<list>.json holds the
-numbers and the command of every row. Flags after -- go to every run: `-- --model DIR`.
+A run is `python train.py ...` in <out>/<list>/<name>; a finished one is not made again. --jobs run
+at once, each with one thread. Prints a table; <out>/<list>.json holds the numbers and the command
+of every row. Flags after -- go to every run: `--out runs/qwen -- --model qwen --data-dir DATA`.
 
 The search: the same four runs a method, SBR included, with --seed 100 on the harmful tests behind
-the first 500, which no other list asks. Chosen is the lowest HS among the settings whose FA is at
+the first 500 of data/tiny, which no other list asks (for another data folder give such prompts as
+`-- --harmful-file`). Chosen is the lowest HS among the settings whose FA is at
 most 3 points below that of plain fine-tuning, or with none such the highest FA; the other lists
-read it from docs/results/search.json. Methods of the alignment stage are searched in their
-learning rate, too: 1e-5 is the attack's, theirs is 50 to 100 times that in their repositories.
+read it from --searched. Methods of the alignment stage are searched in their learning rate, too:
+1e-5 is the attack's, theirs is 50 to 100 times that in their repositories.
 """
 
 import json
@@ -22,17 +23,20 @@ import os
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+from tqdm import tqdm
 
 from cli import COUNT, TINY, Parser, exit_code
 from lora import write_atomic
 from model import UserError, read_json
 from paper.report import wilson
 
+ROOT = Path(__file__).parent.parent
 EPOCHS = "1,2,3,5,10,15,20,30,40,50"  # of the long schedule, the paper's
 ALIGN = "--n 500 --epochs 10"  # 160 updates, our choice
-VALIDATE = "--seed 100 --epochs 10 --eval-epochs 10 --harmful-file runs/stress/validation.jsonl"
+VALIDATE = "--seed 100 --epochs 10 --eval-epochs 10 --harmful-file {out}/validation.jsonl"
 # Four settings of each method, around its papers' own.
 SEARCH = {
     "sbr": [f"--lambda {v}" for v in (5, 50, 200, 1000)],
@@ -61,8 +65,8 @@ def defended(method: str, setting: str, attack: str, align: str = ALIGN) -> list
             ("", f"--defense sft --adapter {{aligned}} {keep}{attack}")]
 
 
-def chosen(path=Path("docs/results/search.json")) -> dict[str, str]:
-    """Each method's setting, by the rule above."""
+def chosen(path) -> dict[str, str]:
+    """Each method's setting, by the rule above, from a search's numbers."""
     rows = {r["name"]: (r["hs"]["10"], r["fa"]["10"]) for r in read_json(path)}
     least = rows["sft"][1] - SLACK
 
@@ -74,8 +78,8 @@ def chosen(path=Path("docs/results/search.json")) -> dict[str, str]:
             for m, settings in SEARCH.items()}
 
 
-def runs_of(what: str) -> list[tuple[str, str]]:
-    """(name, flags) of a list's runs; {aligned} in flags is the folder of <name>-aligned."""
+def runs_of(what: str, searched) -> list[tuple[str, str]]:
+    """(name, flags) of a list's runs; {aligned} stands for the folder of <name>-aligned."""
     if what == "search":
         named = [("sft", "sft", "")] + [(f"{m}-{i}", m, setting) for m, settings in SEARCH.items()
                                         for i, setting in enumerate(settings, 1)]
@@ -84,7 +88,7 @@ def runs_of(what: str) -> list[tuple[str, str]]:
     if what == "grid":
         return [(f"{m}-lr{lr}-e{e}", f"--defense {m} --lr {lr} --epochs {e}")
                 for m in ("sft", "sbr") for lr in ("1e-5", "3e-5", "1e-4") for e in (5, 20, 50)]
-    methods = {"sft": "", **chosen()}
+    methods = {"sft": "", **chosen(searched)}
     if what != "attacks":
         attack = f"--epochs 50 --eval-epochs {EPOCHS} --probes 0,{EPOCHS}" * (what == "long")
         return [(m + s, f) for m, v in methods.items() for s, f in defended(m, v, attack)]
@@ -99,7 +103,9 @@ def runs_of(what: str) -> list[tuple[str, str]]:
 
 
 def command(name: str, flags: str, folder: Path, more: list[str]) -> list[str]:
-    words = shlex.split(flags.replace("{aligned}", str(folder / f"{name}-aligned")))
+    """What follows `python`."""
+    flags = flags.replace("{aligned}", str(folder / f"{name}-aligned"))
+    words = shlex.split(flags.replace("{out}", str(folder.parent)))
     return ["train.py", *words, *more, "--out", str(folder / name), "--resume"]
 
 
@@ -107,11 +113,24 @@ def make(name: str, flags: str, folder: Path, more: list[str]) -> None:
     """One run, unless it is finished; what it prints goes to <name>.log."""
     if (folder / name / "result.json").exists():
         return
+    program, *words = command(name, flags, folder, more)
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-        done = subprocess.run([sys.executable, *command(name, flags, folder, more)], stdout=log,
-                              stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run([sys.executable, str(ROOT / program), *words], stdout=log, stderr=log,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise UserError(f"the run {name} failed; see {folder / name}.log and start again.")
+        raise UserError(f"the run {name} ended with {done.returncode}; mend what "
+                        f"{folder / name}.log says and start again: finished runs are kept.")
+
+
+def make_all(runs: list[tuple[str, str]], folder: Path, args) -> None:
+    """Some runs at once; the first that fails keeps those that wait from starting."""
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        jobs = [pool.submit(make, *run, folder, args.flags) for run in runs]
+        for job in tqdm(as_completed(jobs), args.list, len(jobs), unit="run", disable=None):
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def row(name: str, flags: str, folder: Path, more: list[str]) -> dict:
@@ -143,18 +162,15 @@ def show(what: str, rows: list[dict]) -> str:
 
 def execute(args) -> None:
     """Makes what is not made yet, the alignment stages first, and prints the table."""
-    folder = Path("runs") / "stress" / args.list
+    folder, todo = args.out / args.list, runs_of(args.list, args.searched)
     folder.mkdir(parents=True, exist_ok=True)
     tests = (Path(TINY) / "harmful" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    write_atomic(folder.parent / "validation.jsonl", "\n".join(tests[500:]).encode())
-    todo = runs_of(args.list)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for first in (True, False):
-            stage = [(n, f) for n, f in todo if n.endswith("-aligned") == first]
-            list(pool.map(lambda run: make(*run, folder, args.flags), stage))
-    rows = [row(n, f, folder, args.flags) for n, f in todo if not n.endswith("-aligned")]
-    write_atomic(Path("docs") / "results" / f"{args.list}.json",
-                 json.dumps(rows, indent=1).encode())
+    write_atomic(args.out / "validation.jsonl", "\n".join(tests[500:]).encode())
+    make_all([run for run in todo if run[0].endswith("-aligned")], folder, args)
+    attacked = [run for run in todo if not run[0].endswith("-aligned")]
+    make_all(attacked, folder, args)
+    rows = [row(*run, folder, args.flags) for run in attacked]
+    write_atomic(args.out / f"{args.list}.json", json.dumps(rows, indent=1).encode())
     print(show(args.list, rows))
 
 
@@ -163,6 +179,9 @@ def main(argv=None) -> int:
     p = Parser("stress.schedule", __doc__.splitlines()[0])
     p.add_argument("list", choices=("search", "table", "attacks", "long", "grid"))
     p.add_argument("--jobs", type=COUNT, default=2, help="runs at once")
+    p.add_argument("--out", type=Path, default=Path("runs/stress"), help="folder")
+    p.add_argument("--searched", default="docs/results/search.json",
+                   help="a search's numbers, which decide the settings")
     p.add_argument("flags", nargs="*", help="behind --: for every run")
     return exit_code("stress.schedule", lambda: execute(p.parse_args(argv)))
 
