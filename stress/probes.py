@@ -2,12 +2,12 @@
 
 On 64 harmful test prompts with their answers and 64 benign test rows, which no training touches. A
 run with probes is bit-identical to one without: nothing is written to the model, its gradients or
-the optimiser. theta: the adapters; 0: before the first update, t: now; sums in float64.
+the optimiser. theta: all that is trained; 0: before the first update, t: now; sums in float64.
 
     d_theta       ||theta_t - theta_0||
     d_w           (sum_l ||Delta W_l(t) - Delta W_l(0)||_F^2)^1/2; d_w_relative: over ||W||_F. Exact
                   without building Delta W: ||B A||_F^2 = sum (B^T B) o (A A^T)
-    grad_norm     ||grad h||, h: CE on the harmful probe pairs
+    harmful_loss  h, CE on the harmful probe pairs; grad_norm: ||grad h||
     grad_cosine   cos(grad h, -u), u: the last update of theta, from AdamW's own state
     harmful_drop  h(theta) - h(theta - 0.1 grad h / ||grad h||): what Booster flattens
     drift         mean over tokens and layers of ||a_l(t) - a_l(0)||^2 / C on benign probes, a_l:
