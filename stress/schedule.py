@@ -135,15 +135,16 @@ def make_all(runs: list[tuple[str, str]], folder: Path, args) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def row(name: str, flags: str, folder: Path, more: list[str]) -> dict:
-    """A finished run's numbers."""
+def row(name: str, todo: dict[str, str], folder: Path, more: list[str]) -> dict:
+    """A finished run's numbers, and the commands that made it."""
     result = read_json(folder / name / "result.json")
-    epochs = list(result["hs"])
+    epochs, made_by = list(result["hs"]), [n for n in (f"{name}-aligned", name) if n in todo]
     k, n = result["evals"][epochs[-1]]["hs_count"]
-    return {"name": name, "command": shlex.join(["python", *command(name, flags, folder, more)]),
-            "hs": result["hs"], "hs_interval": wilson(k, n), "fa": result["fa"],
+    return {"name": name, "hs": result["hs"], "hs_interval": wilson(k, n), "fa": result["fa"],
             "over_refusal": {e: v["over_refusal"] for e, v in result["evals"].items()},
-            "seconds": result["seconds"], "probes": result["probes"]}
+            "seconds": result["seconds"], "probes": result["probes"],
+            "commands": [shlex.join(["python", *command(n, todo[n], folder, more)])
+                         for n in made_by]}
 
 
 def show(rows: list[dict]) -> str:
@@ -180,9 +181,10 @@ def execute(args) -> None:
     make_all([run for run in todo if run[0].endswith("-aligned")], folder, args)
     attacked = [run for run in todo if not run[0].endswith("-aligned")]
     make_all(attacked, folder, args)
-    rows = [row(*run, folder, args.flags) for run in attacked]
+    rows = [row(name, dict(todo), folder, args.flags) for name, _ in attacked]
     write_atomic(args.out / f"{args.list}.json", json.dumps(rows, indent=1).encode())
     print(show_course(rows) if args.list == "long" else show(rows))
+    print("".join(f"\n    {line}" for r in rows for line in r["commands"]))
 
 
 def main(argv=None) -> int:
