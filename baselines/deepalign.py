@@ -99,10 +99,12 @@ def make_step(model, tokenizer, args):
 
 def make_augmented_step(model, tokenizer, args):
     """8b: refusals that begin after a harmful prefix, and benign rows in the model's own words."""
-    device, harmful = model.model.embed_tokens.weight.device, {}
+    device = model.model.embed_tokens.weight.device
     # of any length: no more than the first tokens of a reply are used
-    for e in align_rows(model, tokenizer, args, "harmful", max_len=1 << 30).examples:
-        harmful[prompt_of(e)] = e.targets[:-1]  # the reply without its end
+    refusals, bad = (align_rows(model, tokenizer, args, answer, max_len=1 << 30).examples
+                     for answer in ("response", "harmful"))
+    harmful = {key(e): h.targets[:-1]  # the reply without its end
+               for e, h in zip(refusals, bad, strict=True)}
     answered = self_answered(model, tokenizer, args)
     benign = Rows(answered, BENIGN_RATIO * args.batch_size, args, device, args.seed + 2)
 
@@ -110,7 +112,7 @@ def make_augmented_step(model, tokenizer, args):
         g = torch.Generator().manual_seed(args.seed * 100_003 + batch.step)
         rows = []
         for e in batch.examples:
-            h = harmful[prompt_of(e)]
+            h = harmful[key(e)]
             j = int(torch.randint(1, min(LONGEST_PREFIX, len(h)) + 1, (), generator=g))
             rows.append(prefixed(e, h[:j]) if torch.rand((), generator=g) < 0.5 else e)
         both = Batch(rows + benign.at(batch.step).examples, args.tokens_per_pass, device,
@@ -121,9 +123,9 @@ def make_augmented_step(model, tokenizer, args):
     return step
 
 
-def prompt_of(example) -> tuple[int, ...]:
-    """Ids up to where the answer starts: by them a row finds its harmful reply."""
-    return tuple(example.ids[:example.predict[0] + 1].tolist())
+def key(example) -> tuple[int, ...]:
+    """Its ids: by them a row finds its harmful reply."""
+    return tuple(example.ids.tolist())
 
 
 def prefixed(example, prefix: torch.Tensor):

@@ -11,7 +11,8 @@ trainer.py:137-194.
 Differs from the repository: k1 and k2 count updates, not micro-batches, and keep its 1 : 9 at this
 batch size (25 and 225 for 100 and 900 at 4 micro-batches an update). The guide is
 harmful/align.jsonl, harmful prompts with refusals, where the repository takes safe answers. Its
-README has the two snapshots swapped; this is its code.
+README has the two snapshots swapped; this is its code. As there, the upload's batch of an update on
+the guide is not made up for.
 
     python train.py --defense lisa --lisa-rho 1
 """

@@ -176,8 +176,12 @@ def test_rows_to_align_on_are_all_of_the_file_but_those_whose_prompt_is_a_tests(
     prompts = [mixture.first_user(row) for row in mixture.align_rows(rival.args)]
     assert prompts == [align_row(i)["prompt"] for i in range(N_ALIGN)]
     assert [e.ids.tolist() for e in rival.examples] == [e.ids.tolist() for e in rival.encoded()]
-    *_, rows, told = mixture.load_upload(make("sft", stage="align", n=7).args)
+    few = make("sft", stage="align", n=7)
+    *_, rows, told = mixture.load_upload(few.args)
     assert len(rows) == 7 and "7 harmful prompts with refusals" in told
+    harmful = baselines.align_rows(few.model, few.tokenizer, few.args, "harmful").examples
+    assert [e.ids.tolist() for e in harmful] == [
+        e.ids.tolist() for e in rival.encoded("harmful")[:7]]  # Booster's are the same rows'
 
 
 @pytest.mark.parametrize("answer", ["response", "harmful"])

@@ -198,6 +198,20 @@ def test_a_prefix_has_1_token_at_least_and_100_at_most(augmented, monkeypatch, w
     assert 0.95 * longest <= max(j) <= longest and len(set(j)) > 0.8 * longest
 
 
+def test_rows_with_the_same_prompt_have_each_its_own_harmful_reply(augmented, monkeypatch):
+    rows = [mixture.to_row({**align_row(0), "response": f"No {w}.", "harmful": f"{w} " * 9}, "here")
+            for w in ("stone", "river")]
+    monkeypatch.setattr(mixture, "align_rows", lambda args: rows)
+    rival, seen = augmented(train=False)
+    for step in range(30):
+        rival.step(rival.batch(step))
+    texts = [rival.tokenizer.decode(e.ids) for batch in seen for e in batch.examples[:2]]
+    assert any("river river" in t for t in texts) and any("stone stone" in t for t in texts)
+    for text in texts:
+        assert "river river" not in text or text.endswith("No river."), text
+        assert "stone stone" not in text or text.endswith("No stone."), text
+
+
 def test_coin_and_prefix_follow_from_seed_and_step(augmented):
     def lengths(steps, **changes):
         rival, seen = augmented(train=False, **changes)

@@ -235,6 +235,17 @@ def losses(run):
     return [row["loss"] for row in read_lines(run / "log.jsonl")]
 
 
+def test_beta1_is_adamws(here, check_runs):
+    """After one update its first moment is (1 - beta1) times the gradient."""
+    for beta1 in ("0.9", "0.5"):
+        check_runs("deepalign", out=beta1, beta1=beta1, epochs=1, batch_size=12)
+    usual, half = (load_file(here / b / "state.safetensors") for b in ("0.9", "0.5"))
+    moments = [k for k in usual if k.startswith("exp_avg/") and k.endswith("lora_B.weight")]
+    assert moments
+    for k in moments:
+        torch.testing.assert_close(half[k], 5 * usual[k])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_printed_an_epoch_names_every_number_that_is_logged(
         here, check_runs, capsys, name):
