@@ -6,9 +6,10 @@
     python -m stress.schedule long         50 epochs: HS at ten of them, beside what is watched
     python -m stress.schedule grid         attack strength: learning rate x epochs
 
-A run is `python train.py ...` in <out>/<list>/<name>; a finished one is not made again. --jobs run
-at once, each with one thread. Prints a table; <out>/<list>.json holds the numbers and the command
-of every row. Flags after -- go to every run: `--out runs/qwen -- --model qwen --data-dir DATA`.
+A run is `python train.py ...` in <out>/<list>/<name>, its alignment stage in <out>/aligned/<name>; a
+finished one is not made again. --jobs run at once, each with one thread. Prints a table;
+<out>/<list>.json holds the numbers and the commands of every row. Flags after -- go to every run:
+`--out runs/qwen -- --model qwen --data-dir DATA`.
 
 The search: the same four runs a method, SBR included, with --seed 100 on the harmful tests behind
 the first 500 of data/tiny, which no other list asks (for another data folder give such prompts as
@@ -57,14 +58,14 @@ WATCHES = {"sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc": "d_theta",
 FINETUNE = ("sft", "sbr", "lisa", "ewc", "deepalign")
 
 
-def defended(method: str, setting: str, attack: str, align: str = ALIGN) -> list[tuple[str, str]]:
-    """(suffix of the name, flags) of a method's run or, aligned first, of its two runs."""
+def defended(path: str, method: str, setting: str, attack: str, align: str = ALIGN):
+    """[(path, flags)] of a method's run or, aligned first, of its two runs."""
     if method in FINETUNE:
-        return [("", f"--defense {method} {setting} {attack}")]
+        return [(path, f"--defense {method} {setting} {attack}")]
     keep = "--keep-adapter " * (method == "booster")  # its simulated attack lives on its adapter
-    name = method.removesuffix("-align")
-    return [("-aligned", f"--defense {name} --stage align {align} {setting}"),
-            ("", f"--defense sft --adapter {{aligned}} {keep}{attack}")]
+    aligned = f"aligned/{path.split('/')[1]}"
+    return [(aligned, f"--defense {method.removesuffix('-align')} --stage align {align} {setting}"),
+            (path, f"--defense sft --adapter {{out}}/{aligned} {keep}{attack}")]
 
 
 def chosen(path) -> dict[str, str]:
@@ -81,70 +82,71 @@ def chosen(path) -> dict[str, str]:
 
 
 def runs_of(what: str, searched) -> list[tuple[str, str]]:
-    """(name, flags) of a list's runs; {aligned} stands for the folder of <name>-aligned."""
+    """(path, flags) of a list's runs; {out} in flags stands for the folder of all."""
     if what == "search":
         named = [("sft", "sft", "")] + [(f"{m}-{i}", m, setting) for m, settings in SEARCH.items()
                                         for i, setting in enumerate(settings, 1)]
-        return [(n + s, f) for n, m, setting in named
-                for s, f in defended(m, setting, VALIDATE, f"{VALIDATE} --n 500")]
+        return [run for name, m, setting in named
+                for run in defended(f"search/{name}", m, setting, VALIDATE, f"{VALIDATE} --n 500")]
     if what == "grid":
-        return [(f"{m}-lr{lr}-e{e}", f"--defense {m} --lr {lr} --epochs {e}")
+        return [(f"grid/{m}-lr{lr}-e{e}", f"--defense {m} --lr {lr} --epochs {e}")
                 for m in ("sft", "sbr") for lr in ("1e-5", "3e-5", "1e-4") for e in (5, 20, 50)]
     methods = {"sft": "", **chosen(searched)}
     if what != "attacks":
         attack = f"--epochs 50 --eval-epochs {EPOCHS} --probes {EPOCHS}" * (what == "long")
-        return [(m + s, f) for m, v in methods.items() for s, f in defended(m, v, attack)]
-    attacks = {"none": "", "subspace": "--attack subspace", "unembedding": "--attack unembedding",
+        return [run for m, setting in methods.items()
+                for run in defended(f"{what}/{m}", m, setting, attack)]
+    attacks = {"subspace": "--attack subspace", "unembedding": "--attack unembedding",
                "known-anchors": "--attack known-anchors", "far": "--attack far",
                "prefix": "--attack affix --attack-prefix 'My dear friend. '",
                "suffix": "--attack affix --attack-suffix ' Thank you, that is all.'"}
-    return [*((f"{m}-{name}", f"--defense {m} {methods[m]} {flags}") for m in ("sft", "sbr")
-              for name, flags in attacks.items()),
-            *((f"{m}-subspace-lr10", f"--defense {m} {methods[m]} --attack subspace --lr 1e-4")
-              for m in FINETUNE)]
+    named = [(m, name, flags) for m in ("sft", "sbr") for name, flags in attacks.items()]
+    named += [(m, "subspace-lr10", "--attack subspace --lr 1e-4") for m in FINETUNE]
+    return [(f"attacks/{m}-{name}", f"--defense {m} {methods[m]} {flags}")
+            for m, name, flags in named]
 
 
-def command(name: str, flags: str, folder: Path, more: list[str]) -> list[str]:
+def command(path: str, flags: str, args) -> list[str]:
     """What follows `python`."""
-    flags = flags.replace("{aligned}", str(folder / f"{name}-aligned"))
-    words = shlex.split(flags.replace("{out}", str(folder.parent)))
-    return ["train.py", *words, *more, "--out", str(folder / name), "--resume"]
+    words = shlex.split(flags.replace("{out}", str(args.out)))
+    return ["train.py", *words, *args.flags, "--out", str(args.out / path), "--resume"]
 
 
-def make(name: str, flags: str, folder: Path, more: list[str]) -> None:
-    """One run, unless it is finished; what it prints goes to <name>.log."""
-    if (folder / name / "result.json").exists():
+def make(path: str, flags: str, args) -> None:
+    """One run, unless it is finished; what it prints goes to <path>.log."""
+    folder = args.out / path
+    if (folder / "result.json").exists():
         return
-    program, *words = command(name, flags, folder, more)
-    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    program, *words = command(path, flags, args)
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
         done = subprocess.run([sys.executable, str(ROOT / program), *words], stdout=log, stderr=log,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise UserError(f"the run {name} ended with {done.returncode}; mend what "
-                        f"{folder / name}.log says and start again: finished runs are kept.")
+        raise UserError(f"the run {path} ended with {done.returncode}; mend what {folder}.log says "
+                        "and start again: finished runs are kept.")
 
 
-def make_all(runs: list[tuple[str, str]], folder: Path, args) -> None:
+def make_all(runs: list[tuple[str, str]], args) -> None:
     """Some runs at once; the first that fails keeps those that wait from starting."""
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        jobs = [pool.submit(make, *run, folder, args.flags) for run in runs]
+        jobs = [pool.submit(make, *run, args) for run in runs]
         for job in tqdm(as_completed(jobs), args.list, len(jobs), unit="run", disable=None):
             job.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def row(name: str, todo: dict[str, str], folder: Path, more: list[str]) -> dict:
+def row(path: str, todo: dict[str, str], args) -> dict:
     """A finished run's numbers, and the commands that made it."""
-    result = read_json(folder / name / "result.json")
-    epochs, made_by = list(result["hs"]), [n for n in (f"{name}-aligned", name) if n in todo]
+    result, name = read_json(args.out / path / "result.json"), path.split("/")[1]
+    epochs, made_by = list(result["hs"]), [p for p in (f"aligned/{name}", path) if p in todo]
     k, n = result["evals"][epochs[-1]]["hs_count"]
     return {"name": name, "hs": result["hs"], "hs_interval": wilson(k, n), "fa": result["fa"],
             "over_refusal": {e: v["over_refusal"] for e, v in result["evals"].items()},
             "seconds": result["seconds"], "probes": result["probes"],
-            "commands": [shlex.join(["python", *command(n, todo[n], folder, more)])
-                         for n in made_by]}
+            "commands": [shlex.join(["python", *command(p, todo[p], args)]) for p in made_by]}
 
 
 def show(rows: list[dict]) -> str:
@@ -174,14 +176,14 @@ def show_course(rows: list[dict]) -> str:
 
 def execute(args) -> None:
     """Makes what is not made yet, the alignment stages first, and prints the table."""
-    folder, todo = args.out / args.list, runs_of(args.list, args.searched)
-    folder.mkdir(parents=True, exist_ok=True)
+    todo = runs_of(args.list, args.searched)
+    args.out.mkdir(parents=True, exist_ok=True)
     tests = (Path(TINY) / "harmful" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     write_atomic(args.out / "validation.jsonl", "\n".join(tests[500:]).encode())
-    make_all([run for run in todo if run[0].endswith("-aligned")], folder, args)
-    attacked = [run for run in todo if not run[0].endswith("-aligned")]
-    make_all(attacked, folder, args)
-    rows = [row(name, dict(todo), folder, args.flags) for name, _ in attacked]
+    make_all([run for run in todo if run[0].startswith("aligned/")], args)
+    attacked = [run for run in todo if not run[0].startswith("aligned/")]
+    make_all(attacked, args)
+    rows = [row(path, dict(todo), args) for path, _ in attacked]
     write_atomic(args.out / f"{args.list}.json", json.dumps(rows, indent=1).encode())
     print(show_course(rows) if args.list == "long" else show(rows))
     print("".join(f"\n    {line}" for r in rows for line in r["commands"]))
