@@ -6,17 +6,17 @@
     python -m stress.schedule long         50 epochs: HS at ten of them, beside what is watched
     python -m stress.schedule grid         attack strength: learning rate x epochs
 
-A run is `python train.py ...` in <out>/<list>/<name>, its alignment stage in <out>/aligned/<name>; a
-finished one is not made again. --jobs run at once, each with one thread. Prints a table;
+A run is `python train.py ...` in <out>/<list>/<name>, its alignment stage in <out>/aligned/<name>;
+a finished one is not made again. --jobs run at once, each with one thread. Prints a table;
 <out>/<list>.json holds the numbers and the commands of every row. Flags after -- go to every run:
 `--out runs/qwen -- --model qwen --data-dir DATA`.
 
 The search: the same four runs a method, SBR included, with --seed 100 on the harmful tests behind
 the first 500 of data/tiny, which no other list asks (for another data folder give such prompts as
-`-- --harmful-file`). Chosen is the lowest HS among the settings whose FA is at
-most 3 points below that of plain fine-tuning, or with none such the highest FA; the other lists
-read it from --searched. Methods of the alignment stage are searched in their learning rate, too:
-1e-5 is the attack's, theirs is 50 to 100 times that in their repositories.
+`-- --harmful-file`). Chosen is the lowest HS among the settings whose FA is at most 3 points below
+that of plain fine-tuning, or with none such the highest FA; the other lists read it from
+--searched. Methods of the alignment stage are searched in their learning rate, too: 1e-5 is the
+attack's, theirs is 50 to 100 times that in their repositories.
 
 `long` is the test of drift against safety: has the watched number moved when HS passes 30?
 """
