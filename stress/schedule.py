@@ -1,7 +1,8 @@
 """The stress tests and the rivals' table as lists of runs: one command each, which can be resumed.
 
     python -m stress.schedule search       four settings a method, short, other seed and prompts
-    python -m stress.schedule table        every method with the setting that the search chose
+    python -m stress.schedule table        every method with the setting that the search chose;
+                                           <method>-align: two controls, in the alignment stage
     python -m stress.schedule attacks      those of stress/attacks.py, on SBR and on no defence
     python -m stress.schedule long         50 epochs: HS at ten of them, beside what is watched
     python -m stress.schedule grid         attack strength: learning rate x epochs
@@ -54,7 +55,7 @@ SEARCH = {
 SLACK = 3.0  # points of FA that a defence may cost in the search, our choice
 # What each method holds or watches, of stress/probes.py.
 WATCHES = {"sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc": "d_theta",
-           "booster": "harmful_drop", "deepalign": "kl", "deepalign-align": "kl"}
+           "booster": "harmful_drop", "deepalign": "kl"}
 FINETUNE = ("sft", "sbr", "lisa", "ewc", "deepalign")
 
 
@@ -94,7 +95,7 @@ def runs_of(what: str, searched) -> list[tuple[str, str]]:
     methods = {"sft": "", **chosen(searched)}
     if what != "attacks":
         attack = f"--epochs 50 --eval-epochs {EPOCHS} --probes {EPOCHS}" * (what == "long")
-        return [run for m, setting in methods.items()
+        return [run for m, setting in methods.items() if what == "table" or "-align" not in m
                 for run in defended(f"{what}/{m}", m, setting, attack)]
     attacks = {"subspace": "--attack subspace", "unembedding": "--attack unembedding",
                "known-anchors": "--attack known-anchors", "far": "--attack far",
