@@ -4,7 +4,7 @@
     python -m stress.schedule table        every method with the setting that the search chose;
                                            <method>-align: two controls, in the alignment stage
     python -m stress.schedule attacks      those of stress/attacks.py, on SBR and on no defence
-    python -m stress.schedule long         50 epochs: HS at ten of them, beside what is watched
+    python -m stress.schedule long         50 epochs: HS at eleven of them, beside what is watched
     python -m stress.schedule grid         attack strength: learning rate x epochs
 
 A run is `python train.py ...` in <out>/<list>/<name>, its alignment stage in <out>/aligned/<name>;
@@ -29,6 +29,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 
 from tqdm import tqdm
 
@@ -71,15 +72,20 @@ def defended(path: str, method: str, setting: str, attack: str, align: str = ALI
 
 def chosen(path) -> dict[str, str]:
     """Each method's setting, by the rule above, from a search's numbers."""
-    rows = {r["name"]: (r["hs"]["10"], r["fa"]["10"]) for r in read_json(path)}
-    least = rows["sft"][1] - SLACK
-
     def rank(name):
         hs, fa = rows[name]
         return (0, hs, -fa) if fa >= least else (1, -fa, hs)
 
-    return {m: settings[min(range(len(settings)), key=lambda i: rank(f"{m}-{i + 1}"))]
-            for m, settings in SEARCH.items()}
+    try:
+        listed = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = {r["name"]: (r["hs"]["10"], r["fa"]["10"]) for r in listed}
+        least = rows["sft"][1] - SLACK - 1e-9  # in floats 64.4 - 3 is above 61.4
+        return {m: settings[min(range(len(settings)), key=lambda i: rank(f"{m}-{i + 1}"))]
+                for m, settings in SEARCH.items()}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} cannot be read as a search's numbers "
+                        f"({getattr(e, 'strerror', None) or e!r}); make the search first, or name "
+                        "its .json with --searched.") from None
 
 
 def runs_of(what: str, searched) -> list[tuple[str, str]]:
@@ -89,10 +95,10 @@ def runs_of(what: str, searched) -> list[tuple[str, str]]:
                                         for i, setting in enumerate(settings, 1)]
         return [run for name, m, setting in named
                 for run in defended(f"search/{name}", m, setting, VALIDATE, f"{VALIDATE} --n 500")]
-    if what == "grid":
-        return [(f"grid/{m}-lr{lr}-e{e}", f"--defense {m} --lr {lr} --epochs {e}")
-                for m in ("sft", "sbr") for lr in ("1e-5", "3e-5", "1e-4") for e in (5, 20, 50)]
     methods = {"sft": "", **chosen(searched)}
+    if what == "grid":
+        return [(f"grid/{m}-lr{lr}-e{e}", f"--defense {m} {methods[m]} --lr {lr} --epochs {e}")
+                for m in ("sft", "sbr") for lr in ("1e-5", "3e-5", "1e-4") for e in (5, 20, 50)]
     if what != "attacks":
         attack = f"--epochs 50 --eval-epochs {EPOCHS} --probes {EPOCHS}" * (what == "long")
         return [run for m, setting in methods.items() if what == "table" or "-align" not in m
@@ -109,30 +115,43 @@ def runs_of(what: str, searched) -> list[tuple[str, str]]:
 
 def command(path: str, flags: str, args) -> list[str]:
     """What follows `python`."""
-    words = shlex.split(flags.replace("{out}", str(args.out)))
+    words = [w.replace("{out}", str(args.out)) for w in shlex.split(flags)]  # it may hold a blank
     return ["train.py", *words, *args.flags, "--out", str(args.out / path), "--resume"]
 
 
 def make(path: str, flags: str, args) -> None:
-    """One run, unless it is finished; what it prints goes to <path>.log."""
-    folder = args.out / path
+    """One run, unless it is finished; <path>.log holds its command and what it prints."""
+    folder, (program, *words) = args.out / path, command(path, flags, args)
+    log, made_by = Path(f"{folder}.log"), shlex.join(["python", program, *words])
     if (folder / "result.json").exists():
+        if not log.exists() or log.read_text(encoding="utf-8").split("\n")[0] != made_by:
+            raise UserError(f"{folder} was made by another command, which {log} begins with; pass "
+                            "another --out.")
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    program, *words = command(path, flags, args)
-    with open(f"{folder}.log", "w", encoding="utf-8") as log:
-        done = subprocess.run([sys.executable, str(ROOT / program), *words], stdout=log, stderr=log,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file:
+        print(made_by, file=file, flush=True)
+        done = subprocess.run([sys.executable, str(ROOT / program), *words], stdout=file,
+                              stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise UserError(f"the run {path} ended with {done.returncode}; mend what {folder}.log says "
-                        "and start again: finished runs are kept.")
+        raise UserError(f"the run {path} ended with {done.returncode}; mend what {log} says and "
+                        "start again: finished runs are kept.")
 
 
 def make_all(runs: list[tuple[str, str]], args) -> None:
     """Some runs at once; the first that fails keeps those that wait from starting."""
-    pool = ThreadPoolExecutor(args.jobs)
+    pool, stop = ThreadPoolExecutor(args.jobs), Event()
+
+    def unless_stopped(run):
+        try:
+            if not stop.is_set():
+                make(*run, args)
+        except BaseException:
+            stop.set()  # here: this thread would take the next run before the main one can cancel
+            raise
+
     try:
-        jobs = [pool.submit(make, *run, args) for run in runs]
+        jobs = [pool.submit(unless_stopped, run) for run in runs]
         for job in tqdm(as_completed(jobs), args.list, len(jobs), unit="run", disable=None):
             job.result()
     finally:
@@ -144,19 +163,25 @@ def row(path: str, todo: dict[str, str], args) -> dict:
     result, name = read_json(args.out / path / "result.json"), path.split("/")[1]
     epochs, made_by = list(result["hs"]), [p for p in (f"aligned/{name}", path) if p in todo]
     k, n = result["evals"][epochs[-1]]["hs_count"]
-    return {"name": name, "hs": result["hs"], "hs_interval": wilson(k, n), "fa": result["fa"],
+    return {"name": name, "hs": result["hs"], "fa": result["fa"],
+            "hs_interval": wilson(k, n) if n else None,
             "over_refusal": {e: v["over_refusal"] for e, v in result["evals"].items()},
             "seconds": result["seconds"], "probes": result["probes"],
             "commands": [shlex.join(["python", *command(p, todo[p], args)]) for p in made_by]}
+
+
+def percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.1f}"  # none: no such prompts in the data folder
 
 
 def show(rows: list[dict]) -> str:
     """A Markdown table: a row a run, at its last epoch."""
     lines = ["| run | HS | FA | over-refusal |", "|---|---|---|---|"]
     for r in rows:
-        last, (low, high) = list(r["hs"])[-1], r["hs_interval"]
-        lines.append(f"| {r['name']} | {r['hs'][last]:.1f} ({low:.1f} to {high:.1f}) | "
-                     f"{r['fa'][last]:.1f} | {r['over_refusal'][last]:.1f} |")
+        last, between = list(r["hs"])[-1], r["hs_interval"]
+        interval = " ({:.1f} to {:.1f})".format(*between) if between else ""
+        lines.append(f"| {r['name']} | {percent(r['hs'][last])}{interval} | "
+                     f"{percent(r['fa'][last])} | {percent(r['over_refusal'][last])} |")
     return "\n".join(lines)
 
 
@@ -168,8 +193,8 @@ def show_course(rows: list[dict]) -> str:
     for r in rows:
         watched = WATCHES.get(r["name"], "drift")
         values = [f"{r['probes'][e].get(watched, float('nan')):.2g}" for e in epochs]
-        collapse = next((e for e in epochs if r["hs"][e] > 30), "never")
-        rates = [f"{hs:.1f}" for hs in r["hs"].values()]
+        collapse = next((e for e in epochs if (r["hs"][e] or 0) > 30), "never")
+        rates = [percent(hs) for hs in r["hs"].values()]
         lines += [f"| {r['name']} | HS | {' | '.join(rates)} | {collapse} |",
                   f"| | {watched} | {' | '.join(values)} | |"]
     return "\n".join(lines)
@@ -179,7 +204,7 @@ def execute(args) -> None:
     """Makes what is not made yet, the alignment stages first, and prints the table."""
     todo = runs_of(args.list, args.searched)
     args.out.mkdir(parents=True, exist_ok=True)
-    tests = (Path(TINY) / "harmful" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    tests = (ROOT / TINY / "harmful" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     write_atomic(args.out / "validation.jsonl", "\n".join(tests[500:]).encode())
     make_all([run for run in todo if run[0].startswith("aligned/")], args)
     attacked = [run for run in todo if not run[0].startswith("aligned/")]
@@ -192,14 +217,16 @@ def execute(args) -> None:
 
 def main(argv=None) -> int:
     """0 done, 2 the user's mistake or a run that failed, 130 interrupted."""
-    p = Parser("stress.schedule", __doc__.splitlines()[0])
+    p = Parser("stress.schedule", __doc__.splitlines()[0] + " Flags behind -- go to all.")
     p.add_argument("list", choices=("search", "table", "attacks", "long", "grid"))
     p.add_argument("--jobs", type=COUNT, default=2, help="runs at once")
     p.add_argument("--out", type=Path, default=Path("runs/stress"), help="folder")
     p.add_argument("--searched", default="docs/results/search.json",
                    help="a search's numbers, which decide the settings")
-    p.add_argument("flags", nargs="*", help="behind --: for every run")
-    return exit_code("stress.schedule", lambda: execute(p.parse_args(argv)))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)  # argparse wants it beside the list
+    p.set_defaults(flags=argv[cut + 1:])
+    return exit_code("stress.schedule", lambda: execute(p.parse_args(argv[:cut])))
 
 
 if __name__ == "__main__":
