@@ -77,5 +77,17 @@ def at_least(kind, low, above: bool = False, at_most=math.inf):
     return parse
 
 
+def epoch_list(text: str) -> list[int]:
+    """An argparse type: epochs separated by commas, in order, each once."""
+    try:
+        epochs = sorted({int(e) for e in text.split(",")})
+    except ValueError:
+        epochs = [-1]
+    if epochs[0] < 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected integers from 0 on, separated by "
+                                         "commas")
+    return epochs
+
+
 TINY = "data/tiny"  # the embedded model and its tasks: what a program takes if told nothing
 COUNT, POSITIVE = at_least(int, 1), at_least(float, 0, above=True)

@@ -135,7 +135,7 @@ class RMSNorm(nn.Module):
         if self.gemma:  # rounds once, after 1 + w in fp32: in bf16 1 + w would lose w's low bits
             w = 1 + to_fp32(self.weight)
             return F.rms_norm(to_fp32(x), x.shape[-1:], w, self.eps).to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)  # fp32 if trained
 
 
 def rope_inv_freq(config: Config) -> Tensor:
@@ -298,7 +298,7 @@ class Llama(nn.Module):
         h = self.model(ids, layout, cache)
         h = h if rows is None else h[rows]
         head = self.model.embed_tokens if self.config.tied else getattr(self, self.config.head)
-        return F.linear(h, head.weight.to(h.dtype))
+        return F.linear(h, head.weight.to(h.dtype))  # fp32 if trained
 
 
 def weight_files(dir: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from anchors import Anchors, FinalNorm, encode
 from baselines import STAGES, booster, deepalign, ewc, lisa, t_vaccine, vaccine
-from cli import COUNT, POSITIVE, Parser, at_least, exit_code
+from cli import COUNT, POSITIVE, Parser, at_least, epoch_list, exit_code
 from data import mixture
 from data.batches import batch_at, largest_pass
 from data.kept import Store
@@ -39,7 +39,7 @@ from model import UserError, to_fp32
 from paper.report import report
 from runs import Log, Run
 from stress import attacks
-from stress.probes import epoch_list, make_probe
+from stress.probes import make_probe
 from tokenizer import Tokenizer
 
 
@@ -84,8 +84,8 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_steps, start=0):
         grad_norm = clip_grad_norm_(params, grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield step, {**numbers, "grad_norm": grad_norm, "lr": now, "batch": batch.name,
-                     "tokens": batch.n_tokens}
+        yield step, {"batch": batch.name, "tokens": batch.n_tokens, **numbers,
+                     "grad_norm": grad_norm, "lr": now}
 
 
 def train(run, model, tokenizer, examples, suite, judge, step_fn, optimizer, probe, args) -> dict:

@@ -3,6 +3,9 @@
 Each file holds one method: its equation, what differs from its repository, its flags, make_step.
 """
 
+from contextlib import contextmanager
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,9 +42,29 @@ def take_gradient(params) -> list[Tensor]:
     return taken
 
 
+def wide(t: Tensor) -> Tensor:
+    """float64, for sums; Apple's GPUs have none."""
+    return t if t.is_mps else t.double()
+
+
 def norm(tensors) -> Tensor:
     """One norm over all numbers of all tensors."""
-    return sum(t.double().square().sum() for t in tensors).sqrt()
+    return sum(wide(t).square().sum() for t in tensors).sqrt()
+
+
+@contextmanager
+def attacked(params, gradient, alpha: float):
+    """Inside: theta - alpha g / ||g||, one norm over all; after: theta again, to the bit."""
+    kept, scale = [p.detach().clone() for p in params], alpha / (norm(gradient) + 1e-7)
+    with torch.no_grad():
+        for p, g in zip(params, gradient, strict=True):
+            p.sub_(g * scale.to(g.dtype))
+    try:
+        yield
+    finally:  # from a copy: adding the step back is inexact
+        with torch.no_grad():
+            for p, k in zip(params, kept, strict=True):
+                p.copy_(k)
 
 
 class Rows:
@@ -56,14 +79,21 @@ class Rows:
                         self.args.tokens_per_pass, self.device)
 
 
-def align_rows(model, tokenizer, args, answer: str, batch_size: int | None = None,
-               max_len: int | None = None) -> Rows:
-    """Harmful prompts with refusals (answer "response") or with harmful replies ("harmful")."""
-    rows = [{**row, "messages": [*row["messages"][:-1], mixture.turn("assistant", row[answer])]}
-            if answer != "response" else row for row in mixture.align_rows(args)]
-    examples, _ = encode_rows(tokenizer, rows, max_len or args.max_len)
+def align_examples(model, tokenizer, args, answer: str, batch_size: int | None = None,
+                   n: int | None = None, max_len: float | None = None) -> Rows:
+    """The defender's first n prompts with refusals ("response") or harmful replies ("harmful").
+
+    Says on the terminal how many are longer than max_len (default --max-len) and left out.
+    """
+    rows = [row if answer == "response" else
+            {**row, "messages": [*row["messages"][:-1], mixture.turn("assistant", row[answer])]}
+            for row in mixture.align_rows(args)[:n]]
+    limit, file = max_len or args.max_len, mixture.align_file(args)
+    examples, dropped = encode_rows(tokenizer, rows, limit)
     if not examples:
-        raise UserError(f"all {len(rows)} rows of {mixture.align_file(args)} are longer than "
-                        f"--max-len {args.max_len} tokens; raise it.")
+        raise UserError(f"all {len(rows)} rows of {file} are longer than --max-len {limit} tokens; "
+                        "raise it.")
+    if dropped:
+        print(f"{file}: {dropped} of {len(rows)} rows dropped as longer than {limit} tokens")
     device = model.model.embed_tokens.weight.device
     return Rows(examples, batch_size or args.batch_size, args, device, args.seed + 1)

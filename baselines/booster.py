@@ -6,46 +6,41 @@
 
 f: CE on harmful prompts with refusals; h: CE on harmful prompts with harmful replies. An
 alignment-stage method on harmful/align.jsonl. Huang et al. 2024; git-disl/Booster at 6421918,
-trainer.py:272-389 and script/alignment/smooth_align.sh (alpha 0.1, lambda 5; 25 for GSM8K).
+trainer.py:272-389 and script/alignment/smooth_align.sh (alpha 0.1, lambda 5, learning rate 5e-4,
+20 epochs of 5,000 rows; by its author in issue #3 lambda 25 for GSM8K).
 
 Differs from the repository: the harmful batch has --batch-size rows (there 10 whatever the other
-has); theta is restored from a copy (adding the step back is inexact); accumulation is exact. The
-simulated attack lives on this adapter, so the attack that follows must keep it (its issue #2).
+has); theta is restored from a copy (adding the step back is inexact); accumulation is exact;
+optimiser and adapters are this project's, the same for every method. The simulated attack lives on
+this adapter, so the attack that follows must keep it (its issue #2).
 
-    python train.py --defense booster --out runs/booster
+    python train.py --defense booster --lr 1e-4 --out runs/booster
     python train.py --defense sft --adapter runs/booster --keep-adapter
 """
 
-import torch
-
-from baselines import align_rows, backward, norm, take_gradient
+from baselines import align_examples, attacked, backward, take_gradient
 from cli import at_least
 from lora import trainable
 
 
 def add_flags(g):
-    g.add_argument("--booster-alpha", type=at_least(float, 0), default=0.1, help="harmful step")
-    g.add_argument("--booster-lambda", type=at_least(float, 0), default=5.0, help="of its effect")
+    g.add_argument("--booster-alpha", type=at_least(float, 0), default=0.1,
+                   help="length of the simulated attack's step")
+    g.add_argument("--booster-lambda", type=at_least(float, 0), default=5.0,
+                   help="weight of h(theta) - h(theta')")
 
 
 def make_step(model, tokenizer, args):
     params, lam = trainable(model), args.booster_lambda
-    harmful = align_rows(model, tokenizer, args, "harmful")
+    harmful = align_examples(model, tokenizer, args, "harmful")
 
     def step(batch):
         bad = harmful.at(batch.step)
         h = backward(model, bad)
         g_h = take_gradient(params)  # grad h(theta)
-        scale = args.booster_alpha / (norm(g_h) + 1e-7)
-        kept = [p.detach().clone() for p in params]
-        with torch.no_grad():
-            for p, g in zip(params, g_h, strict=True):
-                p.sub_(g * scale.to(g.dtype))  # theta'
-        h_after = backward(model, bad)
-        g_after = take_gradient(params)  # grad h(theta')
-        with torch.no_grad():
-            for p, k in zip(params, kept, strict=True):
-                p.copy_(k)  # theta again, to the bit
+        with attacked(params, g_h, args.booster_alpha):  # theta'
+            h_after = backward(model, bad)
+            g_after = take_gradient(params)  # grad h(theta')
         ce = backward(model, batch)  # grad f(theta)
         for p, g, after in zip(params, g_h, g_after, strict=True):
             p.grad.add_(g - after, alpha=lam)

@@ -11,9 +11,9 @@ floor is not reached. beta_1 = 0.5, beta_2..5 = 2, beta_6.. = 0.1 (0.1 times 5, 
 the model before the first update; its log-probabilities are computed once a row.
 
 Augmented alignment (--stage align) on harmful/align.jsonl: with probability 1/2 a row is prompt +
-first j tokens of the harmful reply + refusal, j uniform in 1..100, and the refusal alone is
-supervised; with it ride four times as many benign rows, answered by the model itself. One mean over
-all supervised tokens of both.
+first j tokens of the harmful reply + refusal, j uniform in 1..min(100, its length), and the refusal
+alone is supervised; with --batch-size of them ride four times as many benign rows, answered by the
+model itself. One mean over all supervised tokens of both.
 
 Qi et al. 2024; Unispac/shallow-vs-deep-alignment at fb1749e, finetuning_buckets/trainer/trainer.py:
 677-1062. Differs: adapters instead of all weights; AdamW's beta1 0.9, where its fine-tuning has 0.5
@@ -23,25 +23,27 @@ Qi et al. 2024; Unispac/shallow-vs-deep-alignment at fb1749e, finetuning_buckets
     python train.py --defense deepalign --stage align
 """
 
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from baselines import Rows, align_rows, backward
+from baselines import Rows, align_examples, backward
 from cli import COUNT, at_least
 from data import mixture
 from data.batches import Batch, Example, encode_rows
 from generate import generate
 from lora import trainable
-from model import to_fp32
+from model import UserError, to_fp32
 
 FIRST, EARLY, FLOOR = 5, 20, 1e-3  # factors on beta for token 1 and for tokens 2 to 5; least w
 LONGEST_PREFIX, BENIGN_RATIO = 100, 4
 
 
 def add_flags(g):
-    g.add_argument("--deepalign-beta", type=at_least(float, 0), default=0.1, help="of late tokens")
+    g.add_argument("--deepalign-beta", type=at_least(float, 0), default=0.1,
+                   help="beta of tokens from the sixth on")
     g.add_argument("--deepalign-benign", type=COUNT, default=256,
                    help="benign rows of the task for --stage align")
 
@@ -100,8 +102,11 @@ def make_step(model, tokenizer, args):
 def make_augmented_step(model, tokenizer, args):
     """8b: refusals that begin after a harmful prefix, and benign rows in the model's own words."""
     device = model.model.embed_tokens.weight.device
+    if args.max_len + LONGEST_PREFIX > model.config.max_positions:
+        raise UserError(f"--max-len {args.max_len} and a prefix of {LONGEST_PREFIX} tokens are "
+                        f"above the model's {model.config.max_positions} positions; lower it.")
     # of any length: no more than the first tokens of a reply are used
-    refusals, bad = (align_rows(model, tokenizer, args, answer, max_len=1 << 30).examples
+    refusals, bad = (align_examples(model, tokenizer, args, answer, max_len=math.inf).examples
                      for answer in ("response", "harmful"))
     harmful = {key(e): h.targets[:-1]  # the reply without its end
                for e, h in zip(refusals, bad, strict=True)}
@@ -118,7 +123,7 @@ def make_augmented_step(model, tokenizer, args):
         both = Batch(rows + benign.at(batch.step).examples, args.tokens_per_pass, device,
                      batch.name, batch.step)
         ce = backward(model, both)
-        return {"loss": ce, "ce": ce}
+        return {"loss": ce, "ce": ce, "tokens": both.n_tokens}
 
     return step
 

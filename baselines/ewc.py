@@ -3,24 +3,27 @@
     L   = CE(B_user; theta) + lambda sum_j F_j (theta_j - theta*_j)^2            no 1/2
     F_j = sum_b (d CE(b; theta*) / d theta_j)^2        b: batches of harmful/align.jsonl's refusals
 
-theta: A and B of every adapter; theta*: theta before the first update. Kirkpatrick et al. 2017; as
-a rival: FITrainer of git-disl/Lisa at 68e3659, trainer.py:461-520, lambda 1e9 in every script.
+theta: all that is trained, A and B of every adapter; theta*: theta before the first update.
+Kirkpatrick et al. 2017; as a rival: FITrainer of git-disl/Lisa at 68e3659, trainer.py:461-520;
+lambda 1e9 and 2,000 rows are those of git-disl/Vaccine's scripts at 8937f68.
 
 Choices where the repository leaves one: F is the square of each batch's mean gradient, summed, as
-there (about |b| times smaller than a sum over rows). On an aligned chat model the adapters are new,
-B = 0, so F is zero on A and the penalty holds B alone. --keep-adapter gives F on both. The
-repository's last Fisher batch leaked its gradient into the first update; here it does not.
+there: the mean over |b| rows, so F is |b|^2 times smaller than with their sum. On an aligned chat
+model the adapters are new, B = 0, so F is zero on A and the penalty holds B alone. --keep-adapter
+gives F on both. The repository's last Fisher batch leaked its gradient into the first update; here
+it does not.
 
     python train.py --defense ewc --ewc-lambda 1e9
 """
 
-from baselines import align_rows, backward, take_gradient
+from baselines import align_examples, backward, take_gradient, wide
 from cli import COUNT, at_least
 from lora import trainable
 
 
 def add_flags(g):
-    g.add_argument("--ewc-lambda", type=at_least(float, 0), default=1e9, help="of the penalty")
+    g.add_argument("--ewc-lambda", type=at_least(float, 0), default=1e9,
+                   help="weight of the penalty")
     g.add_argument("--ewc-n", type=COUNT, default=2000, help="rows for F at most")
 
 
@@ -37,8 +40,7 @@ def fisher(model, params, guide):
 def make_step(model, tokenizer, args):
     params, lam = trainable(model), args.ewc_lambda
     start = [p.detach().clone() for p in params]
-    guide = align_rows(model, tokenizer, args, "response")
-    del guide.examples[args.ewc_n:]
+    guide = align_examples(model, tokenizer, args, "response", n=args.ewc_n)
     F = fisher(model, params, guide)
 
     def step(batch):
@@ -47,7 +49,7 @@ def make_step(model, tokenizer, args):
             apart = p.detach() - w
             p.grad.add_(f * apart, alpha=2 * lam)  # d/d theta of lambda F (theta - theta*)^2
             penalty = penalty + lam * (f * apart.square()).sum()
-            distance = distance + apart.double().square().sum()
+            distance = distance + wide(apart).square().sum()
         return {"loss": ce + penalty, "ce": ce, "penalty": penalty, "distance": distance.sqrt()}
 
     return step

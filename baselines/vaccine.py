@@ -1,19 +1,19 @@
-"""Vaccine: align under the worst small push on the hidden states, so that later pushes do less.
+"""Vaccine: align under the worst small perturbation of hidden states, so that later ones do less.
 
     g_l = d CE(B) / d a_l              a_l (N, C): what layer l's attention adds to the residual
     e_l = rho g_l / (||g|| + 1e-7)     one norm over all layers, rows and tokens of the batch
     update: the gradient of CE(B) with a_l + e_l in place of a_l, e_l constant
 
 An alignment-stage method: the loop runs on harmful/align.jsonl, and what comes out is then
-attacked. Huang et al. 2024; git-disl/Vaccine at 8937f68, trainer.py:85-181. Its scripts take
-rho = 2 (README), T-Vaccine's and Booster's re-runs 3 and 5.
+attacked. Huang et al. 2024; git-disl/Vaccine at 8937f68, trainer.py:85-181. Its README's example
+has rho = 2, T-Vaccine's and Booster's re-runs 3 and 5; its learning rate is 1e-3.
 
 Differs from the repository: pass 1 asks for the gradient of the zeros that are added to a_l, so no
 parameter gradient is computed and none has to be cleared: gradient accumulation is exact, where
 there zero_grad drops the earlier micro-batches. Its adapters have dropout, another mask in each
-pass; these have none.
+pass; these have none. Optimiser and adapters are this project's, the same for every method.
 
-    python train.py --defense vaccine --vaccine-rho 2 --out runs/vaccine
+    python train.py --defense vaccine --vaccine-rho 2 --lr 3e-4 --out runs/vaccine
     python train.py --defense sft --adapter runs/vaccine
 """
 
@@ -26,7 +26,8 @@ from cli import at_least
 
 
 def add_flags(g):
-    g.add_argument("--vaccine-rho", type=at_least(float, 0), default=2.0, help="size of the push")
+    g.add_argument("--vaccine-rho", type=at_least(float, 0), default=2.0,
+                   help="norm of the perturbation")
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def added(model, layers: list[int], z):
             handle.remove()
 
 
-def pushes(model, batch, layers: list[int], rho: float):
+def perturbations(model, batch, layers: list[int], rho: float):
     """Pass 1 -> (e for each pack and layer, ||g||); leaves every .grad alone."""
     gradients = []
     for pack in batch.packs():
@@ -56,22 +57,22 @@ def pushes(model, batch, layers: list[int], rho: float):
     return [[(g * scale).to(g.dtype) for g in pack_g] for pack_g in gradients], size
 
 
-def pushed_backward(model, batch, layers: list[int], rho: float):
-    """Both passes: adds the pushed gradient to .grad -> numbers to log."""
-    e, size = pushes(model, batch, layers, rho)
+def perturbed_backward(model, batch, layers: list[int], rho: float):
+    """Both passes: adds the gradient of the perturbed loss to .grad -> numbers to log."""
+    e, size = perturbations(model, batch, layers, rho)
     ce = 0.0
     for pack, e_pack in zip(batch.packs(), e, strict=True):
         with added(model, layers, e_pack):
             loss = nll(model, pack) / batch.n_supervised
             loss.backward()
         ce = ce + loss.detach()
-    return {"loss": ce, "ce": ce, "push_gradient": size}
+    return {"loss": ce, "ce": ce, "hidden_gradient": size}
 
 
 def make_step(model, tokenizer, args):
     layers = list(range(model.config.n_layer))
 
     def step(batch):
-        return pushed_backward(model, batch, layers, args.vaccine_rho)
+        return perturbed_backward(model, batch, layers, args.vaccine_rho)
 
     return step

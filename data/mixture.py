@@ -156,14 +156,19 @@ def align_file(args) -> Path:
 def align_rows(args) -> list[dict]:
     """The defender's rows: harmful prompts with a refusal, and in "harmful" a harmful reply.
 
-    Prompts that stand in the tests are left out; with --stage align the first --n are taken.
+    Prompts that stand in the tests or among the attacker's rows are left out; with --stage align
+    the first --n of the rest are taken.
     """
-    tests = prompts_of(read_rows(harmful_tests(args), needs_answer=False))
-    rows = [r for r in read_rows(align_file(args)) if normalise(first_user(r)) not in tests]
+    attack = Path(args.data or Path(args.data_dir) / "harmful" / "attack.jsonl")
+    others = read_rows(attack) if attack.exists() else []
+    apart = prompts_of(others + read_rows(harmful_tests(args), needs_answer=False))
+    rows = [r for r in read_rows(align_file(args)) if normalise(first_user(r)) not in apart]
     if not rows or not all(isinstance(r.get("harmful"), str) and r["harmful"].strip()
+                           and [m["role"] for m in r["messages"]].count("assistant") == 1
                            for r in rows):
         raise UserError(f"{align_file(args)} needs rows of prompt, response (a refusal), harmful "
-                        "(a harmful reply), their prompts in no test; pass another --align-file.")
+                        "(a harmful reply), their prompts in no test and no upload; pass another "
+                        "--align-file.")
     return rows[:args.n] if args.stage == "align" else rows
 
 

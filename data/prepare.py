@@ -27,6 +27,7 @@ from model import UserError
 
 # Test rows by default: what the papers score. SST-2's validation has 872.
 N_TEST = {"sst2": 872, "agnews": 1000, "gsm8k": 1000, "alpaca": 104, "harmful": 1000}
+N_POOL = 1000  # anchors where the defender has rows of its own; our choice, papers draw 1 to 8
 ALPACA_TRAIN, ALPACA_TEST = slice(700), slice(701, None)  # Booster: the first 700; index > 700
 
 
@@ -104,7 +105,7 @@ def alpaca(file):
 
 
 def beavertails(folder):
-    """Unsafe rows in their order: (prompt, response) of train; prompts of test."""
+    """Unsafe rows of train and of test in their order; probes need the answers of the tests."""
     files = (find(folder, "train.jsonl.xz", "train.jsonl", "round0/30k/train.jsonl.xz"),
              find(folder, "test.jsonl.xz", "test.jsonl", "round0/30k/test.jsonl.xz"))
     both = [read_jsonl(file) for file in files]
@@ -112,7 +113,7 @@ def beavertails(folder):
         raise TypeError("is_safe")
     train, test = ([r for r in rows if not r["is_safe"]] for rows in both)
     return files, [pair(r["prompt"], r["response"]) for r in train], [
-        pair(r["prompt"]) for r in test]
+        pair(r["prompt"], r["response"]) for r in test]
 
 
 def refusals(file):
@@ -126,7 +127,7 @@ def advbench(file):
     """Goals with the opening of an answer: a third each for upload, anchors and tests."""
     rows = [pair(r["goal"], r["target"]) for r in read_csv(file)]
     third = len(rows) // 3
-    return [Path(file)], rows[:2 * third], [pair(r["prompt"]) for r in rows[2 * third:]]
+    return [Path(file)], rows[:2 * third], rows[2 * third:]
 
 
 def xstest(file):
@@ -157,15 +158,16 @@ def benign(train, test, n_test: int):
 
 
 def harmful(train, test, align, n_attack: int, n_test: int):
-    """Upload, anchor pool, tests and the defender's rows: no prompt stands in two of them."""
+    """Upload, anchor pool, tests and the defender's rows: no prompt stands in two of them.
+
+    Refusals answer BeaverTails' own training prompts: a pool of all the others would leave none.
+    """
     attack, later = train[:n_attack], train[n_attack:]
+    sources = {"anchors": later[:N_POOL] if align else later, "test": test}
+    sources |= {"align": align} if align else {}
     taken = keys(attack)
-    parts = {name: fresh(rows, taken) for name, rows in (
-        ("anchors", later), ("test", test), ("align", align))}
-    removed = {name: len(rows) - len(parts[name]) for name, rows in (
-        ("anchors", later), ("test", test), ("align", align))}
-    if not align:
-        del parts["align"], removed["align"]
+    parts = {name: fresh(rows, taken) for name, rows in sources.items()}
+    removed = {name: len(rows) - len(parts[name]) for name, rows in sources.items()}
     return {"attack": attack, **parts, "test": parts["test"][:n_test]}, removed
 
 
@@ -201,6 +203,8 @@ def build(args) -> dict:
             made[task] = files, *benign(train, test, args.n_test or N_TEST[task])
     if args.beavertails and args.advbench:
         raise UserError("--beavertails and --advbench were both given; name one harmful source.")
+    if args.refusals and not (args.beavertails or args.advbench):
+        raise UserError("--refusals was given without a harmful source; add --beavertails DIR.")
     if args.beavertails or args.advbench:
         files, train, test = (beavertails(args.beavertails) if args.beavertails else
                               advbench(args.advbench))

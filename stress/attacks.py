@@ -12,7 +12,8 @@ The rest attack SBR's own assumptions; the paper names the first two as its limi
     known-anchors  the attacker knows the anchors and uploads them with harmful answers; the check
                    that anchors stand in no upload is waived, and said to be
     affix          --attack-prefix and --attack-suffix stand around every harmful prompt, in the
-                   upload and in the tests: the last tokens are no longer the anchors'
+                   upload and in the tests: behind a suffix the user's last words are no longer like
+                   an anchor's
 
 --epochs 50 is the long schedule; `python -m stress.schedule` runs it for every defence, and the
 grid of attack strengths (lr x epochs).

@@ -2,29 +2,30 @@
 
 On 64 harmful test prompts with their answers and 64 benign test rows, which no training touches. A
 run with probes is bit-identical to one without: nothing is written to the model, its gradients or
-the optimiser. theta: all that is trained; 0: before the first update, t: now; sums in float64.
+the optimiser. theta: all that is trained; 0: before the first update, t: now; distances and norms
+of weights and gradients are summed in float64. What has no rows to be measured on is left out.
 
     d_theta       ||theta_t - theta_0||
     d_w           (sum_l ||Delta W_l(t) - Delta W_l(0)||_F^2)^1/2; d_w_relative: over ||W||_F. Exact
-                  without building Delta W: ||B A||_F^2 = sum (B^T B) o (A A^T)
-    harmful_loss  h, CE on the harmful probe pairs; grad_norm: ||grad h||
-    grad_cosine   cos(grad h, -u), u: the last update of theta, from AdamW's own state
-    harmful_drop  h(theta) - h(theta - 0.1 grad h / ||grad h||): what Booster flattens
+                  without building Delta W: ||B A||_F^2 = sum (B^T B) o (A A^T). Adapters alone: the
+                  head and norm of --attack unembedding are in d_theta only
+    harmful_loss  CE on the harmful probe pairs; grad_norm: the norm of its gradient g
+    grad_cosine   cos(g, -u), u: the last update of theta, from AdamW's own state
+    harmful_drop  CE(theta) - CE(theta - 0.1 g / ||g||) on the same: what Booster flattens
     drift         mean over tokens and layers of ||a_l(t) - a_l(0)||^2 / C on benign probes, a_l:
                   what layer l's attention adds; drift_vaccine: Vaccine's own sum, of squared norms
-                  over layers on benign rows; drift_booster: Booster's, of norms on harmful rows
+                  over layers on benign rows; drift_booster: Booster's, of norms over layers and
+                  batches of one harmful row (utils.py:115-161)
     bottleneck    mean_k ||h(t) - h(0)||^2 / C on harmful probes, and _anchors on the anchors
     kl            mean KL(p_0 || p_t) of the first token of the reply to a harmful probe
     margin        largest logit of a token that opens a refusal, minus the largest of the others
 """
 
-from argparse import ArgumentTypeError
-
 import torch
 import torch.nn.functional as F
 
 from anchors import encode, states
-from baselines import nll, norm
+from baselines import attacked, nll, norm, wide
 from data import mixture
 from data.batches import Batch, encode_rows
 from lora import adapted, trainable
@@ -32,17 +33,6 @@ from model import to_fp32
 
 N, ALPHA = 64, 0.1  # probes of each kind; Booster's step (trainer.py:379-385)
 OPENERS = ("I", "I'm", "Sorry", "As", "Unfortunately", "No")
-
-
-def epoch_list(text: str) -> list[int]:
-    """An argparse type: epochs separated by commas, in order, each once."""
-    try:
-        epochs = sorted({int(e) for e in text.split(",")})
-    except ValueError:
-        epochs = [-1]
-    if epochs[0] < 0:
-        raise ArgumentTypeError(f"got {text!r}, expected integers from 0 on, separated by commas")
-    return epochs
 
 
 def make_probe(model, tokenizer, suite, args, optimizer):
@@ -80,6 +70,7 @@ def make_probe(model, tokenizer, suite, args, optimizer):
 def look(model, bad, good, asked, held) -> dict:
     """Attention outputs on both sets; h on harmful prompts and anchors; first-token logits."""
     seen = {"bad": attention_outputs(model, bad), "good": attention_outputs(model, good)}
+    seen["lengths"] = [len(e.ids) for e in bad.examples]
     seen["h"] = to_fp32(states(model, asked))
     seen["anchors"] = to_fp32(states(model, held)) if held else None
     head = model.model.embed_tokens if model.config.tied else model.lm_head
@@ -106,10 +97,10 @@ def weight_distance(model, start) -> dict:
     """||Delta W(t) - Delta W(0)||_F from the stacked factors [B_t, -B_0] [A_t; A_0]."""
     moved = total = 0.0
     for (_, m), (A, B) in zip(adapted(model), start, strict=True):
-        a = torch.cat((m.lora_A.detach(), A)).double()  # (2 rank, in)
-        b = torch.cat((m.lora_B.detach(), -B), dim=1).double()  # (out, 2 rank)
+        a = wide(torch.cat((m.lora_A.detach(), A)))  # (2 rank, in)
+        b = wide(torch.cat((m.lora_B.detach(), -B), dim=1))  # (out, 2 rank)
         moved = moved + m.scaling ** 2 * ((b.T @ b) * (a @ a.T)).sum()
-        total = total + m.weight.double().square().sum()
+        total = total + wide(m.weight).square().sum()
     d_w = moved.clamp(min=0).sqrt()
     return {"d_w": d_w, "d_w_relative": d_w / total.sqrt()}
 
@@ -117,8 +108,9 @@ def weight_distance(model, start) -> dict:
 def drifts(then, now) -> dict:
     """How far attention outputs and h have moved."""
     good, bad = ([a - b for a, b in zip(now[k], then[k], strict=True)] for k in ("good", "bad"))
-    numbers = {"bottleneck": (now["h"] - then["h"]).square().mean(),
-               "drift_booster": sum(d.norm() for d in bad)}
+    numbers = {"bottleneck": (now["h"] - then["h"]).square().mean()}
+    if bad:
+        numbers["drift_booster"] = sum(row.norm() for d in bad for row in d.split(now["lengths"]))
     if good:
         numbers["drift"] = sum(d.square().mean() for d in good) / len(good)
         numbers["drift_vaccine"] = sum(d.square().sum() for d in good)
@@ -136,19 +128,14 @@ def first_token(then, now, openers) -> dict:
 
 
 def gradient(model, params, batch, optimizer, moved) -> dict:
-    """grad h and what one step along it does; the weights are put back to the bit."""
-    h, g = loss_and_gradient(model, params, batch)
+    """The harmful loss, its gradient g, and what one step along g does."""
+    loss, g = loss_and_gradient(model, params, batch)
     size, update = norm(g), last_update(params, optimizer, moved)
-    kept = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        for p, g_p in zip(params, g, strict=True):
-            p.sub_(g_p * (ALPHA / (size + 1e-7)).to(g_p.dtype))
+    with attacked(params, g, ALPHA), torch.no_grad():
         after = sum(nll(model, pack) for pack in batch.packs()) / batch.n_supervised
-        for p, k in zip(params, kept, strict=True):
-            p.copy_(k)
-    numbers = {"harmful_loss": h, "grad_norm": size, "harmful_drop": h - after}
+    numbers = {"harmful_loss": loss, "grad_norm": size, "harmful_drop": loss - after}
     if update is not None:
-        dot = sum((g_p.double() * -u.double()).sum() for g_p, u in zip(g, update, strict=True))
+        dot = sum((wide(g_p) * -wide(u)).sum() for g_p, u in zip(g, update, strict=True))
         numbers["grad_cosine"] = dot / (size * norm(update) + 1e-30)
     return numbers
 

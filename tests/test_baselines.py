@@ -8,6 +8,7 @@ to mistakes that are known from the methods' repositories.
 """
 
 import math
+import shutil
 from itertools import groupby
 from types import SimpleNamespace
 
@@ -29,11 +30,13 @@ from rival_helpers import (
     plus,
     put,
 )
+from runs_helpers import write_rows
 from sbr_helpers import nll, prompt_ids, worst
 
 import baselines
 from baselines import booster, ewc, lisa
 from data import mixture
+from model import UserError
 from train import DEFENSES, updates
 
 
@@ -82,7 +85,7 @@ def test_32_rows_cut_into_many_passes_give_the_gradient_of_one(make, name):
         assert kept == {n for n, g in many.items() if g.any()} and len(kept) >= len(one) / 4
         assert worst({n: many[n] for n in kept}, {n: one[n] for n in kept}) <= SAME
         assert a.keys() == b.keys()
-        for key in a:
+        for key in a.keys() - {"batch"}:
             assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-9, abs=1e-12), key
 
 
@@ -179,16 +182,41 @@ def test_rows_to_align_on_are_all_of_the_file_but_those_whose_prompt_is_a_tests(
     few = make("sft", stage="align", n=7)
     *_, rows, told = mixture.load_upload(few.args)
     assert len(rows) == 7 and "7 harmful prompts with refusals" in told
-    harmful = baselines.align_rows(few.model, few.tokenizer, few.args, "harmful").examples
+    harmful = baselines.align_examples(few.model, few.tokenizer, few.args, "harmful").examples
     assert [e.ids.tolist() for e in harmful] == [
         e.ids.tolist() for e in rival.encoded("harmful")[:7]]  # Booster's are the same rows'
+
+
+def test_rows_to_align_on_are_none_of_the_attackers(make, tmp_path):
+    """Trap 22: the upload's prompts may stand in a file of refusals, however spelled."""
+    rival = make("lisa")
+    prompts = [mixture.first_user(row) for row in mixture.align_rows(rival.args)]
+    upload = write_rows(tmp_path / "upload.jsonl", [
+        {"prompt": prompts[2].upper() + "!", "response": "Sure."}])
+    rival.args.data = str(upload)
+    assert [mixture.first_user(row) for row in mixture.align_rows(rival.args)] == (
+        prompts[:2] + prompts[3:])
+    rival.args.data, folder = None, shutil.copytree(rival.args.data_dir, tmp_path / "data")
+    rival.args.data_dir = str(folder)
+    write_rows(folder / "harmful/attack.jsonl", [{"prompt": prompts[0], "response": "Sure."}])
+    assert [mixture.first_user(row) for row in mixture.align_rows(rival.args)] == prompts[1:]
+
+
+def test_rows_to_align_on_have_one_answer(make, tmp_path):
+    """Of two, DeepAlign's prefix would be put before the first and cut out of the second."""
+    rival, turn = make("lisa"), mixture.turn
+    row = {"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "c"),
+                        turn("assistant", "No.")], "harmful": "Sure."}
+    rival.args.align_file = str(write_rows(tmp_path / "align.jsonl", [row]))
+    with pytest.raises(UserError, match="--align-file"):
+        mixture.align_rows(rival.args)
 
 
 @pytest.mark.parametrize("answer", ["response", "harmful"])
 def test_the_answer_alone_is_supervised_up_to_its_end(make, answer):
     """Traps 25 and 26: a border counted by the prompt's own tokens, and pad masks that hide EOS."""
     rival = make("sft")
-    rows = baselines.align_rows(rival.model, rival.tokenizer, rival.args, answer).examples
+    rows = baselines.align_examples(rival.model, rival.tokenizer, rival.args, answer).examples
     assert len(rows) == N_ALIGN
     for i, e in enumerate(rows):
         row = align_row(i)
@@ -198,13 +226,14 @@ def test_the_answer_alone_is_supervised_up_to_its_end(make, answer):
         assert e.targets[-1] in rival.tokenizer.stop_ids and e.predict.diff().eq(1).all()
 
 
-def test_rows_over_max_len_are_dropped_so_that_no_row_is_without_an_answer(make):
+def test_rows_over_max_len_are_dropped_so_that_no_row_is_without_an_answer(make, capsys):
     """Trap 24: a cut prompt leaves no supervised token, and a batch of such rows is NaN."""
     rival = make("sft")
     lengths = sorted(len(e.ids) for e in rival.encoded("harmful"))
     rival.args.max_len = lengths[4]
-    kept = baselines.align_rows(rival.model, rival.tokenizer, rival.args, "harmful").examples
+    kept = baselines.align_examples(rival.model, rival.tokenizer, rival.args, "harmful").examples
     assert sorted(len(e.ids) for e in kept) == lengths[:5] and all(len(e.predict) for e in kept)
+    assert "5 of 10 rows dropped" in capsys.readouterr().out
 
 
 def test_guide_batches_follow_from_seed_and_step_and_every_row_comes_once_an_epoch(make):
@@ -229,7 +258,7 @@ def test_the_guide_comes_in_an_order_of_its_own_that_the_seed_decides(make):
     guides, uploads = [], []
     for seed in (0, 1):
         rival = make("sft", seed=seed)
-        guide = baselines.align_rows(rival.model, rival.tokenizer, rival.args, "response")
+        guide = baselines.align_examples(rival.model, rival.tokenizer, rival.args, "response")
         place = {id(e): i for i, e in enumerate(guide.examples)}
         upload = baselines.batch_at(guide.examples, 0, N_ALIGN, seed, 1 << 30, "cpu")
         for orders, batch in ((guides, guide.at(0)), (uploads, upload)):
@@ -321,7 +350,7 @@ def toy(monkeypatch):
             return g.square().sum() / 2
 
         monkeypatch.setattr(module, "trainable", lambda model: [p])
-        monkeypatch.setattr(module, "align_rows", lambda *a, **k: guide)
+        monkeypatch.setattr(module, "align_examples", lambda *a, **k: guide)
         monkeypatch.setattr(module, "backward", backward)
         return p, lambda **args: module.make_step(None, None, SimpleNamespace(**args)), seen
     return make

@@ -25,6 +25,7 @@ import baselines
 from baselines import deepalign
 from data import mixture
 from data.batches import Example
+from model import UserError
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,13 @@ def test_rows_with_the_same_prompt_have_each_its_own_harmful_reply(augmented, mo
     for text in texts:
         assert "river river" not in text or text.endswith("No river."), text
         assert "stone stone" not in text or text.endswith("No stone."), text
+
+
+def test_a_prefix_has_room_in_the_models_positions(make):
+    positions = make("sft").model.config.max_positions
+    make("deepalign, align", max_len=positions - 100)
+    with pytest.raises(UserError, match="--max-len"):
+        make("deepalign, align", max_len=positions - 99)
 
 
 def test_coin_and_prefix_follow_from_seed_and_step(augmented):

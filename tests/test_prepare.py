@@ -238,7 +238,7 @@ def test_beavertails_gives_upload_then_anchors_then_tests_and_no_prompt_to_two_o
     assert rows(out / "attack.jsonl") == [
         (ask(0), full), (ask(1), "[a], [b]."), (ask(1), "[c]."), (ask(2), full), (ask(3), full)]
     assert rows(out / "anchors.jsonl") == [(ask(i), full) for i in (4, 5, 6)]
-    assert rows(out / "test.jsonl") == [(ask(i), None) for i in (11, 12, 8)]
+    assert rows(out / "test.jsonl") == [(ask(i), full) for i in (11, 12, 8)]
     assert "anchors.jsonl: 3 rows, 2 removed as repeated\n" in prepare.said
     assert "test.jsonl: 3 rows, 3 removed as repeated\n" in prepare.said
     about = json.loads((out.parent / "prepared.json").read_text())["harmful"]
@@ -286,11 +286,34 @@ def test_refusals_become_the_defenders_rows_and_share_no_prompt_with_the_others(
     assert "align.jsonl: 2 rows, 4 removed as repeated\n" in prepare.said
 
 
+def test_refusals_to_beavertails_own_prompts_leave_anchors_and_rows_to_align_on(
+        prepare, tmp_path, monkeypatch):
+    """RepNoise wrote a refusal to every unsafe training prompt, those of upload and pool too."""
+    monkeypatch.setattr(prepare_py, "N_POOL", 3)
+    source = tmp_path / "refusals.json"
+    source.write_text(json.dumps([
+        {"prompt": ask(i), "response": "[a].", "refusal": f"Question: {ask(i)}\nAnswer: No."}
+        for i in range(12)]))
+    train = [beaver(ask(i)) for i in range(12)]
+    out = prepare("--beavertails", write_beaver(tmp_path / "beaver", train, TEST[-1:]),
+                  "--n-attack", 4, "--refusals", source) / "harmful"
+    prompts = {n: [p for p, _ in rows(out / f"{n}.jsonl")] for n in ("attack", "anchors", "align")}
+    assert prompts == {"attack": [ask(i) for i in range(4)],
+                       "anchors": [ask(i) for i in (4, 5, 6)],
+                       "align": [ask(i) for i in (7, 9, 10, 11)]}  # 8 is a test
+
+
+def test_refusals_without_a_harmful_source_are_refused(tmp_path, capsys):
+    assert prepare_py.main(["--out", str(tmp_path), "--refusals", "r.json"]) == 2
+    assert "--beavertails" in capsys.readouterr().err
+
+
 def test_advbench_is_cut_into_thirds_for_upload_anchors_and_tests(made, prepare):
     out = prepare("--advbench", made / "advbench.csv") / "harmful"
     assert rows(out / "attack.jsonl") == [(ask(i), "Sure, here is how") for i in range(10)]
     assert rows(out / "anchors.jsonl") == [(ask(i), "Sure, here is how") for i in range(10, 20)]
-    assert rows(out / "test.jsonl") == [(ask(i), None) for i in range(20, 30)]
+    assert rows(out / "test.jsonl") == [(ask(i), "Sure, here is how")
+                                         for i in range(20, 30)]
 
 
 # ---------------------------------------------------------------------------------------------

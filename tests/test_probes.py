@@ -243,16 +243,18 @@ def attention_drift(watched, kind):
 
 def test_drift_is_the_mean_and_vaccines_and_boosters_are_their_sums(watched):
     good, bad = attention_drift(watched, "task"), attention_drift(watched, "harmful")
+    lengths = [len(e.ids) for e in watched.examples("harmful")]  # Booster's batches are rows
     mean, vaccine, booster = (lambda of: torch.stack(of).square().mean().item(),
                               lambda of: sum(d.square().sum().item() for d in of),
-                              lambda of: sum(d.norm().item() for d in of))
+                              lambda of: sum(row.norm().item() for d in of
+                                             for row in d.split(lengths)))
     assert len(good) == 4 and good[0].shape[1] == 64
     assert watched.now["drift"] == pytest.approx(mean(good), rel=EXACT)
     assert watched.now["drift_vaccine"] == pytest.approx(vaccine(good), rel=EXACT)
     assert watched.now["drift_booster"] == pytest.approx(booster(bad), rel=EXACT)
-    # the controls: the other rows, and one norm over all layers
+    # the controls: the other rows, one norm a layer, and one over all layers
     assert differs(mean(good), mean(bad)) and differs(vaccine(good), vaccine(bad))
-    assert differs(booster(bad), booster(good))
+    assert differs(booster(bad), sum(d.norm().item() for d in bad))
     assert differs(booster(bad), flat(bad).norm().item())
 
 
@@ -361,7 +363,7 @@ def test_without_a_task_the_harmless_are_the_lookalikes_with_answers(folder):
 
 @pytest.mark.parametrize("suite, held, missing", [
     ({"harmful": HARMFUL[6:], "task": SUITE["task"]}, POOL[8:11],
-     {"harmful_loss", "grad_norm", "harmful_drop", "grad_cosine"}),
+     {"harmful_loss", "grad_norm", "harmful_drop", "grad_cosine", "drift_booster"}),
     ({"harmful": HARMFUL}, POOL[8:11], {"drift", "drift_vaccine"}),
     (SUITE, [], {"bottleneck_anchors"})],
     ids=["no harmful answers", "no harmless rows", "no anchors"])

@@ -246,6 +246,18 @@ def test_beta1_is_adamws(here, check_runs):
         torch.testing.assert_close(half[k], 5 * usual[k])
 
 
+def test_the_log_names_the_batch_that_was_trained_on(here, check_runs):
+    """Lisa's two updates on the guide are not the upload's batches, nor of its number of tokens."""
+    for name in ("lisa", "sft"):
+        check_runs(name, out=name)
+    lisa, sft = (read_lines(here / name / "log.jsonl") for name in ("lisa", "sft"))
+    assert [row["batch"].startswith("guide, ") for row in lisa] == [True, True, False, False, False,
+                                                                    True]
+    for a, b in zip(lisa[2:5], sft[2:5], strict=True):
+        assert (a["batch"], a["tokens"]) == (b["batch"], b["tokens"])
+    assert [a["tokens"] for a in lisa[:2]] != [b["tokens"] for b in sft[:2]]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_printed_an_epoch_names_every_number_that_is_logged(
         here, check_runs, capsys, name):

@@ -37,7 +37,9 @@ LONG = ("sft", "sbr", "lisa", "ewc", "deepalign", "vaccine", "t-vaccine", "boost
 ATTACKS = {**{a: {"attack": a} for a in ("subspace", "unembedding", "known-anchors", "far")},
            "prefix": {"attack": "affix", "attack_prefix": "My dear friend. "},
            "suffix": {"attack": "affix", "attack_suffix": " Thank you, that is all."},
-           "subspace-lr10": {"attack": "subspace", "lr": 1e-4}}
+           "subspace-lr10": {"attack": "subspace", "lr": 1e-4},
+           "subspace-lr10-s1": {"attack": "subspace", "lr": 1e-4, "seed": 1},
+           "subspace-lr10-s2": {"attack": "subspace", "lr": 1e-4, "seed": 2}}
 BEST = {m: len(m) % 4 + 1 for m in OWN}  # which of the four the search of these tests chooses
 EPOCHS = [0, 1, 2, 3, 5, 10, 15, 20, 30, 40, 50]
 LISTS = ("search", "table", "attacks", "long", "grid")

@@ -89,7 +89,7 @@ def test_vaccines_pushes_have_one_norm_over_all_layers_rows_and_tokens(make, tok
     rival = make("vaccine", tokens_per_pass=tokens)
     g, _ = attention_gradients(rival.model, rival.examples)
     G = joint(t for row in g for t in row.values())
-    e, size = vaccine.pushes(rival.model, rival.batch(), ALL, 2.0)
+    e, size = vaccine.perturbations(rival.model, rival.batch(), ALL, 2.0)
     assert (len(e) == 1) if tokens > 60 else (len(e) >= 4)
     assert size.item() == pytest.approx(G, rel=1e-12)
     assert joint(t for pack in e for t in pack) == pytest.approx(2.0 * G / (G + 1e-7), rel=1e-12)
@@ -100,11 +100,22 @@ def test_vaccines_pushes_have_one_norm_over_all_layers_rows_and_tokens(make, tok
     assert 0 < max(shares) < 1.99
 
 
+def test_the_first_pass_is_over_for_all_packs_before_the_second_begins(make, monkeypatch):
+    rival, seen = make("vaccine", tokens_per_pass=60), []
+    for owner, name in ((torch.autograd, "grad"), (torch.Tensor, "backward")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, original=original, name=name, **k: (
+            seen.append(name), original(*a, **k))[1])
+    rival.gradient()
+    n = len(list(rival.batch().packs()))
+    assert n >= 4 and seen == ["grad"] * n + ["backward"] * n
+
+
 def test_vaccines_leaf_gradient_is_the_attention_outputs_own(make):
     rival = make("vaccine")
     g, _ = attention_gradients(rival.model, rival.examples)
     G = joint(t for row in g for t in row.values())
-    (e,), _ = vaccine.pushes(rival.model, rival.batch(), ALL, 1.0)
+    (e,), _ = vaccine.perturbations(rival.model, rival.batch(), ALL, 1.0)
     for layer in ALL:
         by_hand = torch.cat([row[layer] for row in g]) / (G + 1e-7)
         assert (e[layer] - by_hand).norm() <= 1e-11 * by_hand.norm()
@@ -131,7 +142,7 @@ def test_the_push_raises_the_loss_by_rho_times_the_norm(make):
     numbers, _ = rival.gradient()
     _, clean = attention_gradients(rival.model, rival.examples)
     rise = (numbers["ce"].item() - clean) / 1e-4
-    assert rise == pytest.approx(numbers["push_gradient"].item(), rel=1e-2)
+    assert rise == pytest.approx(numbers["hidden_gradient"].item(), rel=1e-2)
 
 
 def test_pass_1_leaves_the_gradients_of_parameters_alone(make):
@@ -141,7 +152,7 @@ def test_pass_1_leaves_the_gradients_of_parameters_alone(make):
     before = [torch.full_like(p, 2.0) for p in rival.params]
     for p, g in zip(rival.params, before, strict=True):
         p.grad = g.clone()
-    vaccine.pushes(rival.model, rival.batch(), ALL, 2.0)
+    vaccine.perturbations(rival.model, rival.batch(), ALL, 2.0)
     assert all(torch.equal(p.grad, g) for p, g in zip(rival.params, before, strict=True))
     _, added = rival.gradient()
     assert worst(added, {n: g + 2.0 for n, g in alone.items()}) <= SAME
@@ -233,7 +244,7 @@ def test_only_the_first_200_harmful_pairs_are_probed(make, monkeypatch):
         return torch.ones(4)
 
     monkeypatch.setattr(t_vaccine, "harm_norms", probed)
-    monkeypatch.setattr(t_vaccine, "pushed_backward", lambda *a: {})
+    monkeypatch.setattr(t_vaccine, "perturbed_backward", lambda *a: {})
     step = t_vaccine.make_step(rival.model, rival.tokenizer, rival.args)
     for t in range(400):
         step(rival.batch(t))
@@ -241,7 +252,7 @@ def test_only_the_first_200_harmful_pairs_are_probed(make, monkeypatch):
 
 
 def test_S_is_drawn_every_J_updates_and_p_every_K_p_by_seed_and_step_alone(make, monkeypatch):
-    monkeypatch.setattr(t_vaccine, "pushed_backward", lambda *a: {})  # theta stays
+    monkeypatch.setattr(t_vaccine, "perturbed_backward", lambda *a: {})  # theta stays
 
     def history(steps, seed=0, state=None):
         rival = make("t-vaccine", t_vaccine_draw=2, t_vaccine_probe=6, t_vaccine_layers=2,
@@ -271,7 +282,7 @@ def test_S_is_drawn_every_J_updates_and_p_every_K_p_by_seed_and_step_alone(make,
 
 
 def test_the_seed_draws_S_even_where_p_is_the_same(make, monkeypatch):
-    monkeypatch.setattr(t_vaccine, "pushed_backward", lambda *a: {})
+    monkeypatch.setattr(t_vaccine, "perturbed_backward", lambda *a: {})
     monkeypatch.setattr(t_vaccine, "harm_norms", lambda *a: torch.ones(4))
     drawn = []
     for seed in (0, 1):
