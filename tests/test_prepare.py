@@ -297,7 +297,8 @@ def test_refusals_to_beavertails_own_prompts_leave_anchors_and_rows_to_align_on(
     train = [beaver(ask(i)) for i in range(12)]
     out = prepare("--beavertails", write_beaver(tmp_path / "beaver", train, TEST[-1:]),
                   "--n-attack", 4, "--refusals", source) / "harmful"
-    prompts = {n: [p for p, _ in rows(out / f"{n}.jsonl")] for n in ("attack", "anchors", "align")}
+    prompts = {n: [first_user(row) for row in read_rows(out / f"{n}.jsonl")]
+               for n in ("attack", "anchors", "align")}
     assert prompts == {"attack": [ask(i) for i in range(4)],
                        "anchors": [ask(i) for i in (4, 5, 6)],
                        "align": [ask(i) for i in (7, 9, 10, 11)]}  # 8 is a test
@@ -636,10 +637,9 @@ def test_xstest_has_250_safe_prompts_and_advbench_520_goals_in_three_parts(real)
     with open(SHARED / REAL["advbench"], encoding="utf-8", newline="") as f:
         source = [(row["goal"], row["target"]) for row in csv.DictReader(f)]
     assert attack == source[:173] and len(source) == 520
-    assert [p for p, _ in anchors + tests] == [p for p, _ in source[173:]]
+    # anchors keep their responses for an attacker who knows them, tests theirs for the probes
+    assert anchors + tests == source[173:]
     assert len(keys(attack + anchors + tests)) == 520  # so no prompt is in two of them
-    # anchors keep their responses for an attacker who knows them; training never reads those
-    assert anchors == source[173:346] and {response for _, response in tests} == {None}
 
 
 def test_the_digests_of_the_real_files_are_theirs(real):
