@@ -36,6 +36,21 @@ def test_the_files_that_it_lists_exist():
     assert not [name for name in listed if not (ROOT / name).exists()]
 
 
+@pytest.mark.parametrize("page", ["README.md", *sorted(
+    str(p.relative_to(ROOT)) for folder in ("docs", "data") for p in (ROOT / folder).rglob("*.md"))])
+def test_links_lead_somewhere(page):
+    """Files of the repository that are there, and headings that the page has."""
+    folder = (ROOT / page).parent
+    text = (ROOT / page).read_text("utf-8")
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text):
+        target = folder / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M)
+            slugs = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor[1:] in slugs, f"{path}{anchor}"
+
+
 def test_equation_command_and_output_stand_on_the_first_screen():
     first = "\n".join(TEXT.split("\n")[:20])
     assert "L_total = L_CE + lambda" in first
