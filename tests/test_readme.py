@@ -36,8 +36,11 @@ def test_the_files_that_it_lists_exist():
     assert not [name for name in listed if not (ROOT / name).exists()]
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(
-    str(p.relative_to(ROOT)) for folder in ("docs", "data") for p in (ROOT / folder).rglob("*.md"))])
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for folder in ("docs", "data")
+                        for p in sorted((ROOT / folder).rglob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     """Files of the repository that are there, and headings that the page has."""
     folder = (ROOT / page).parent
