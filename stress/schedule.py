@@ -136,6 +136,8 @@ def make(path: str, flags: str, args) -> None:
         print(made_by, file=file, flush=True)
         done = subprocess.run([sys.executable, str(ROOT / program), *words], stdout=file,
                               stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode == 130:  # Ctrl-C reaches the run as well, and maybe first
+        raise KeyboardInterrupt
     if done.returncode:
         raise UserError(f"the run {path} ended with {done.returncode}; mend what {log} says and "
                         "start again: finished runs are kept.")
