@@ -141,7 +141,7 @@ def check_slope(rival, gradient, step):
         loss.append(rival.gradient(step)[0]["loss"].item())
     put(rival.params, start)
     print(f"slope {slope:.6f}")
-    assert (loss[0] - loss[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+    assert (loss[0] - loss[1]) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
 def joint(tensors):
