@@ -24,7 +24,8 @@ class FinalNorm:
     """`with FinalNorm(model) as h:` catches the final RMSNorm's output as h.value, (N, C)."""
 
     def __init__(self, model: Llama):
-        self.norm, self.value = model.model.norm, None
+        self.norm = model.model.norm
+        self.value = None
 
     def _catch(self, module, inputs, output):
         self.value = output
@@ -45,33 +46,37 @@ def reference(model: Llama, tokenizer, prompts: list[str]) -> Tensor:
 
 def encode(tokenizer, prompts: list[str]) -> list[Tensor]:
     """Each prompt under the chat template, up to where the assistant starts to write."""
-    return [torch.tensor(tokenizer.encode_prompt([{"role": "user", "content": p}]))
-            for p in prompts]
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [torch.tensor(tokenizer.encode_prompt(messages)) for messages in conversations]
 
 
 def states(model: Llama, ids: list[Tensor]) -> Tensor:
     """h (K, C) at the last token of each sequence, packed in one pass."""
     device = model.model.embed_tokens.weight.device
-    end = torch.tensor([len(i) for i in ids]).cumsum(0) - 1
+    seqlens = [len(sequence) for sequence in ids]
+    last = torch.tensor(seqlens).cumsum(0).to(device) - 1  # (K,) rows of the last tokens
     with FinalNorm(model) as h:
-        model(torch.cat(ids).to(device), [len(i) for i in ids], rows=end[:1].to(device))
-        return h.value[end.to(device)]
+        model(torch.cat(ids).to(device), seqlens, rows=last[:1])  # one row: no logit is needed
+        return h.value[last]
 
 
 class Anchors:
     """K prompts, their reference states, and L_safe. With K = 0 there is nothing to hold."""
 
-    def __init__(self, model: Llama, tokenizer, args):
+    def __init__(self, model: Llama, tokenizer, prompts: list[str], reduction: str, max_len: int):
         """Phase 1, before the first update: the model still is the aligned one."""
-        self.prompts = args.anchor_prompts
-        self.ids, self.reduction = encode(tokenizer, self.prompts), args.reduction
-        for prompt, ids in zip(self.prompts, self.ids, strict=True):
-            if len(ids) > args.max_len:
+        self.prompts = prompts
+        self.reduction = reduction
+        self.ids = encode(tokenizer, prompts)
+        for prompt, ids in zip(prompts, self.ids, strict=True):
+            if len(ids) > max_len:
                 raise UserError(f"the anchor {prompt[:40]!r} has {len(ids)} tokens, above "
-                                f"--max-len {args.max_len}; shorten it or raise --max-len.")
-        self.h_ref = reference(model, tokenizer, self.prompts) if self.prompts else None  # (K, C)
+                                f"--max-len {max_len}; shorten it or raise --max-len.")
+        self.h_ref = reference(model, tokenizer, prompts) if prompts else None  # (K, C)
 
     def loss(self, h: Tensor) -> Tensor:
         """L_safe of h (K, C), in fp32: mean over K of the squared distance, over C too for mean."""
         squared = (to_fp32(h) - self.h_ref).square()  # (K, C)
-        return squared.mean() if self.reduction == "mean" else squared.sum(-1).mean()
+        if self.reduction == "mean":  # the paper's code
+            return squared.mean()
+        return squared.sum(dim=-1).mean()  # the paper's formula

@@ -17,48 +17,89 @@ class RunFailed(Exception):
     """The run could not go on; its folder is kept and can be resumed. Exit code 3."""
 
 
+class Args(argparse.Namespace):
+    """The flags of one call, which nothing may change: what is worked out has names of its own."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"args.{name} was written to; args holds the flags as they were given")
+
+    def __delattr__(self, name):
+        raise AttributeError(f"args.{name} was deleted; args holds the flags as they were given")
+
+    def replace(self, **values) -> "Args":
+        """A copy with other values, for defaults that depend on other flags."""
+        return frozen(vars(self) | values)
+
+
+def frozen(values: dict) -> Args:
+    """Values by name -> Args."""
+    args = Args()
+    vars(args).update(values)
+    return args
+
+
 class Help(argparse.HelpFormatter):
     """Says each flag's default, which is stated where the flag is."""
 
     def _get_help_string(self, action):
-        silent = any(action.default is x for x in (None, False, argparse.SUPPRESS))
-        return action.help + ("" if silent else " (default %(default)s)")
+        has_none = action.default is None or action.default is False
+        if has_none or action.default is argparse.SUPPRESS:
+            return action.help
+        return action.help + " (default %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence, as all errors here are."""
+    """argparse whose errors are one sentence, as all errors here are, and whose result is fixed."""
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=Help)
+
+    def parse_args(self, argv=None) -> Args:
+        return frozen(vars(super().parse_args(argv)))
 
     def error(self, message):
         print(f"{self.prog}: {message} (--help lists the options).", file=sys.stderr)
         sys.exit(2)
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # torch's wordings
+
+
 def exit_code(prog: str, work, resumable: bool = False) -> int:
-    """Runs work() -> 0 done, 2 the user's mistake, 3 failed, 130 interrupted, and says which."""
+    """Runs work(); an error becomes one sentence on stderr and the exit code that goes with it."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a reply may hold what the terminal cannot show
     try:
         work()
         return 0
     except UserError as e:
-        code, said = 2, str(e)
+        print(f"{prog}: {e}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        code, said = 130, "interrupted"
+        code = 130
+        message = "interrupted"
     except (RunFailed, OSError, SafetensorError) as e:  # safetensors' own for a full disk
-        code, said = 3, str(e)
+        code = 3
+        message = str(e)
     except (MemoryError, RuntimeError) as e:
-        told = str(e).lower()
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not any(
-                s in told for s in ("out of memory", "can't allocate memory", "alloc_failed")):
+        if not is_out_of_memory(e):
             raise
-        code, said = 3, "out of memory" + "; try a smaller --tokens-per-pass" * resumable
-    if code != 2 and resumable:
-        said += "; what was saved is kept, and --resume goes on from there."
-    print(f"{prog}: {said}", file=sys.stderr)
+        code = 3
+        message = "out of memory"
+        if resumable:
+            message += "; try a smaller --tokens-per-pass"
+    if resumable:
+        message += "; what was saved is kept, and --resume goes on from there."
+    print(f"{prog}: {message}", file=sys.stderr)
     return code
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on a CPU torch raises a plain RuntimeError for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return any(wording in text for wording in OUT_OF_MEMORY)
 
 
 def at_least(kind, low, above: bool = False, at_most=math.inf):
@@ -67,17 +108,20 @@ def at_least(kind, low, above: bool = False, at_most=math.inf):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or value > at_most or math.isinf(value):
-            top = "" if math.isinf(at_most) else f" and at most {at_most}"
-            raise argparse.ArgumentTypeError(
-                f"got {text}, expected {'an integer' if kind is int else 'a number'} "
-                f"{'above' if above else 'of at least'} {low}{top}")
+            value = math.nan  # fails every comparison below
+        high_enough = value > low if above else value >= low
+        if not high_enough or value > at_most or math.isinf(value):
+            what = "an integer" if kind is int else "a number"
+            bound = f"above {low}" if above else f"of at least {low}"
+            if not math.isinf(at_most):
+                bound += f" and at most {at_most}"
+            raise argparse.ArgumentTypeError(f"got {text}, expected {what} {bound}")
         return value
+
     return parse
 
 
-def epoch_list(text: str) -> list[int]:
+def epoch_list(text: str) -> tuple[int, ...]:
     """An argparse type: epochs separated by commas, in order, each once."""
     try:
         epochs = sorted({int(e) for e in text.split(",")})
@@ -86,8 +130,9 @@ def epoch_list(text: str) -> list[int]:
     if epochs[0] < 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected integers from 0 on, separated by "
                                          "commas")
-    return epochs
+    return tuple(epochs)
 
 
+COUNT = at_least(int, 1)
+POSITIVE = at_least(float, 0, above=True)
 TINY = "data/tiny"  # the embedded model and its tasks: what a program takes if told nothing
-COUNT, POSITIVE = at_least(int, 1), at_least(float, 0, above=True)

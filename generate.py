@@ -9,6 +9,7 @@ defended model refuses in ten tokens, an attacked one may write hundreds.
 """
 
 import sys
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import COUNT, TINY, Parser, exit_code
-from distributed import add_place, place, record
+from device import add_device_flags, capture_cuda_graph, device_and_dtype
 from lora import load_adapter, merge
 from model import Config, Llama, UserError, load_model
 from tokenizer import DATE, Tokenizer
 
 BATCH = 128  # replies written at once
+STEPS_ON_GPU = 16  # tokens a row is given between two readings, each of which waits for the GPU
+GRAPH_TOKENS = 256  # a CUDA graph's cache length is a multiple of this
 
 
 class KVCache:
@@ -29,31 +32,37 @@ class KVCache:
 
     def __init__(self, config: Config, B: int, S: int, like: Tensor):
         shape = (config.n_layer, B, config.n_kv_head, S, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.k = like.new_zeros(shape)
+        self.v = like.new_zeros(shape)
         self.length = torch.zeros(B, dtype=torch.long, device=like.device)  # tokens in each slot
         self.slots = None  # (B',) where the packed prompts of a prefill go; None: decoding
         self.longest = 0  # tokens in the fullest slot, this step's included; known without a sync
 
     def prefill(self, layer: int, k: Tensor, v: Tensor, layout) -> None:
         """Stores the packed k, v (N, KV, D) of whole prompts."""
-        slot, t = self.slots[layout.cell // layout.T], layout.position
-        self.k[layer, slot, :, t], self.v[layer, slot, :, t] = k, v
+        slot = self.slots[layout.cell // layout.T]  # (N,)
+        self.k[layer, slot, :, layout.position] = k
+        self.v[layer, slot, :, layout.position] = v
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores a k, v (B, KV, D) a slot; q (B, H, D) attends to all of its slot -> (B, H, D)."""
-        B, S = len(q), self.longest
-        slot, at = torch.arange(B, device=q.device), self.length[:B]
-        self.k[layer, slot, :, at], self.v[layer, slot, :, at] = k, v
-        mask = (torch.arange(S, device=q.device) <= at[:, None])[:, None, None]  # (B, 1, 1, S)
+        B = len(q)
+        S = self.longest
+        slot = torch.arange(B, device=q.device)
+        position = self.length[:B]
+        self.k[layer, slot, :, position] = k
+        self.v[layer, slot, :, position] = v
+        seen = torch.arange(S, device=q.device) <= position[:, None]  # (B, S)
         # The query heads that share a key head stand as query positions: no copy of the cache.
         q = q.view(B, k.shape[1], -1, q.shape[-1])  # (B, KV, H / KV, D)
         out = F.scaled_dot_product_attention(q, self.k[layer, :B, :, :S], self.v[layer, :B, :, :S],
-                                             attn_mask=mask)
+                                             attn_mask=seen[:, None, None])
         return out.flatten(1, 2)
 
     def move(self, source: int, target: int) -> None:
         """Copies a slot's sequence into a freed one."""
-        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+        self.k[:, target] = self.k[:, source]
+        self.v[:, target] = self.v[:, source]
         self.length[target] = self.length[source]
 
 
@@ -61,13 +70,16 @@ class Row:
     """A prompt and, token by token, its reply."""
 
     def __init__(self, index: int, prompt: list[int]):
-        self.index, self.prompt, self.reply = index, prompt, []
+        self.index = index  # its place among the prompts
+        self.prompt = prompt
+        self.reply: list[int] = []
 
-    def take(self, token: int, stop: set[int], max_new: int) -> bool:
-        """Appends the next token; True when the reply is complete."""
-        if token not in stop:
-            self.reply.append(token)
-        return token in stop or len(self.reply) == max_new
+    def append(self, token: int, stop: set[int], max_new: int) -> bool:
+        """Adds the next token; True when the reply is complete."""
+        if token in stop:
+            return True
+        self.reply.append(token)
+        return len(self.reply) == max_new
 
 
 @torch.no_grad()
@@ -80,68 +92,80 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
     progress: a label switches a bar on. on_reply(index, reply) is called as each is complete.
     graph: decode by CUDA graphs. In fp32 a reply does not depend on the batch it rode in.
     """
-    stop, B = set(stop_ids), min(batch_size, len(prompts))
-    longest, limit = max(map(len, prompts), default=0) + max_new, model.config.max_positions
+    stop = set(stop_ids)
+    B = min(batch_size, len(prompts))
+    longest = max(map(len, prompts), default=0) + max_new
+    limit = model.config.max_positions
     if longest > limit:
         raise UserError(f"the longest prompt and --max-new {max_new} make {longest} tokens, above "
                         f"the {limit} that the model was trained for; lower --max-new.")
     engine = Engine(model, B, longest, n_ids, graph)
-    # Longest first: the padded CPU attention wastes least on prompts of like length.
-    waiting = sorted((Row(i, p) for i, p in enumerate(prompts)), key=lambda r: len(r.prompt))
+    waiting = [Row(i, prompt) for i, prompt in enumerate(prompts)]
+    # The longest are taken first: padded CPU attention wastes least on prompts of like length.
+    waiting.sort(key=lambda row: len(row.prompt))
     replies: list[list[int]] = [[] for _ in prompts]
     rows: list[Row] = []  # rows[slot]
     with tqdm(total=len(prompts), desc=progress, disable=None if progress else True,
               leave=False) as bar:
         while waiting or rows:
-            old = 0
-            if waiting and len(rows) <= B - max(1, B // 4):  # a pass for a few prompts is dear
-                old = len(rows)
-                rows += [waiting.pop() for _ in range(min(B - old, len(waiting)))]
-                tokens = engine.prefill(rows, old)
+            # A prefill costs a whole pass, so it waits until a quarter of the slots is free.
+            if waiting and len(rows) <= B - max(1, B // 4):
+                first = len(rows)
+                while waiting and len(rows) < B:
+                    rows.append(waiting.pop())
+                tokens = engine.prefill(rows, first)
             else:
+                first = 0
                 tokens = engine.decode(rows)
-            for slot in reversed(range(old, len(rows))):
+            # From the last slot down, so that the one that moves into a free place is dealt with.
+            for slot in reversed(range(first, len(rows))):
                 row = rows[slot]
-                if any(row.take(token, stop, max_new) for token in tokens[slot - old]):
-                    replies[row.index] = row.reply
-                    rows[slot] = rows[-1]  # the last slot moves into the free place
-                    rows.pop()
-                    engine.move(len(rows), slot)
-                    if on_reply:
-                        on_reply(row.index, row.reply)
-                    bar.update()
+                if not any(row.append(token, stop, max_new) for token in tokens[slot - first]):
+                    continue
+                replies[row.index] = row.reply
+                rows[slot] = rows[-1]
+                rows.pop()
+                engine.move(len(rows), slot)
+                if on_reply:
+                    on_reply(row.index, row.reply)
+                bar.update()
     return replies
 
 
 class Engine:
-    """The model with its cache: tokens for the rows in slots 0 .. n-1."""
+    """The model with its cache: it gives tokens to the rows in slots 0 .. n-1."""
 
     def __init__(self, model: Llama, B: int, longest: int, n_ids: int | None, graph: bool):
-        self.model, self.n_ids, self.graphs = model, n_ids, {} if graph else None
-        like = model.model.embed_tokens.weight
-        # Reading tokens waits for a GPU, so there 16 steps are taken at once; what a row writes
-        # behind its end is dropped.
-        self.steps = 16 if like.is_cuda else 1
+        self.model = model
+        self.n_ids = n_ids
+        self.graphs = {} if graph else None  # (slots, cache length) -> captured graph
+        weight = model.model.embed_tokens.weight
+        # What a row writes behind its end within these steps is dropped.
+        self.steps = STEPS_ON_GPU if weight.is_cuda else 1
         self.S = longest + self.steps
-        self.cache = KVCache(model.config, B, self.S, like)
+        self.cache = KVCache(model.config, B, self.S, weight)
         self.last = torch.zeros_like(self.cache.length)  # (B,) each slot's newest token
 
-    def prefill(self, rows: list[Row], old: int) -> list[list[int]]:
-        """Runs the prompts of rows[old:] packed into their slots -> their first tokens."""
-        seqlens, device = [len(r.prompt) for r in rows[old:]], self.last.device
-        ids = torch.tensor([t for r in rows[old:] for t in r.prompt], device=device)
+    def prefill(self, rows: list[Row], first: int) -> list[list[int]]:
+        """Runs the prompts of rows[first:] packed into their slots -> one first token a row."""
+        device = self.last.device
+        prompts = [row.prompt for row in rows[first:]]
+        seqlens = [len(prompt) for prompt in prompts]
+        ids = torch.tensor(list(chain.from_iterable(prompts)), device=device)
         lens = torch.tensor(seqlens, device=device)
-        self.cache.slots = torch.arange(old, len(rows), device=device)
+        self.cache.slots = torch.arange(first, len(rows), device=device)
         logits = self.model(ids, seqlens, rows=lens.cumsum(0) - 1, cache=self.cache)
-        self.cache.length[old:len(rows)] = lens
-        self.last[old:len(rows)] = logits[:, :self.n_ids].argmax(-1)
-        return self.last[old:len(rows), None].tolist()
+        self.cache.length[first:len(rows)] = lens
+        self.last[first:len(rows)] = logits[:, :self.n_ids].argmax(-1)
+        return self.last[first:len(rows), None].tolist()
 
     def decode(self, rows: list[Row]) -> list[list[int]]:
         """The next `steps` tokens of every row."""
-        n, longest = len(rows), max(len(r.prompt) + len(r.reply) for r in rows)
-        self.cache.slots, taken = None, []
+        n = len(rows)
+        longest = max(len(row.prompt) + len(row.reply) for row in rows)
+        self.cache.slots = None
         self.cache.length[n:] = 0  # a graph writes into free slots as well: at their beginning
+        taken = []
         for i in range(self.steps):
             self.step(n, longest + i)
             taken.append(self.last[:n].clone())
@@ -150,14 +174,18 @@ class Engine:
     def step(self, n: int, longest: int) -> None:
         """One more token in slots 0 .. n-1, the fullest of which then holds `longest` tokens."""
         if self.graphs is None:
-            return self.forward(n, longest)
-        # A graph has fixed sizes: a power of two of slots, and the cache in steps of 256 tokens.
-        n, longest = min(2 ** (n - 1).bit_length(), len(self.last)), min(-(-longest // 256) * 256,
-                                                                         self.S)
+            self.forward(n, longest)
+            return
+        # A graph has fixed sizes, so few of them serve: a power of two of slots, and the cache in
+        # steps of GRAPH_TOKENS.
+        n = min(2 ** (n - 1).bit_length(), len(self.last))
+        longest = min(-(-longest // GRAPH_TOKENS) * GRAPH_TOKENS, self.S)
         if (n, longest) not in self.graphs:
-            kept = self.last.clone(), self.cache.length.clone()  # recording takes a step as well
-            self.graphs[n, longest] = record(lambda: self.forward(n, longest))
-            self.last.copy_(kept[0]), self.cache.length.copy_(kept[1])
+            last = self.last.clone()
+            length = self.cache.length.clone()
+            self.graphs[n, longest] = capture_cuda_graph(lambda: self.forward(n, longest))
+            self.last.copy_(last)  # capturing takes steps as well, which must not count
+            self.cache.length.copy_(length)
         self.graphs[n, longest]()
 
     def forward(self, n: int, longest: int) -> None:
@@ -169,49 +197,55 @@ class Engine:
     def move(self, source: int, target: int) -> None:
         """Slot `source` takes the place of `target` and is free."""
         self.cache.move(source, target)
-        self.last[target], self.cache.length[source] = self.last[source], 0
+        self.last[target] = self.last[source]
+        self.cache.length[source] = 0
 
 
-def load_chat(dir, args) -> Llama:
-    """A model that writes, where and as --device and --dtype say."""
-    model = load_model(dir, *place(args))
+def load_chat(dir, device, dtype) -> Llama:
+    """A model that writes text; UserError for a classifier."""
+    model = load_model(dir, device, dtype)
     if model.config.head != "lm_head":
         raise UserError(f"{dir} is a classifier, expected a model that writes; name one.")
     return model
 
 
-def load_aligned(args) -> Llama:
-    """The chat model to start from: --model, with --adapter merged in, or kept for training."""
-    model = load_chat(args.model, args)
-    if args.adapter:
-        load_adapter(model, args.adapter)
-        if not args.keep_adapter:
+def load_aligned(dir, device, dtype, adapter=None, keep_adapter: bool = False) -> Llama:
+    """The chat model to start from: `dir`, with the adapter merged in, or kept for training."""
+    model = load_chat(dir, device, dtype)
+    if adapter:
+        load_adapter(model, adapter)
+        if not keep_adapter:
             merge(model)
     return model
 
 
-def main(argv=None) -> int:
-    """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
+def parse(argv=None):
     p = Parser("generate.py", "Answer one prompt greedily.")
     p.add_argument("--model", default=TINY, help="Hugging Face folder")
     p.add_argument("--adapter", help="folder with an adapter in PEFT's format")
     p.add_argument("--prompt", required=True, help="the user's turn")
     p.add_argument("--max-new", type=COUNT, default=256, help="tokens the answer may have")
     p.add_argument("--template-date", default=DATE, help="today, for a template that says it")
-    add_place(p)
-    p.set_defaults(keep_adapter=True)
-    return exit_code("generate.py", lambda: answer(p.parse_args(argv)))
+    add_device_flags(p)
+    return p.parse_args(argv)
 
 
-def answer(args) -> None:
+def execute(args) -> None:
     """Prints the model's greedy answer to --prompt."""
     if any("\ud800" <= c <= "\udfff" for c in args.prompt):
         raise UserError("--prompt is not valid text; pass it in the terminal's encoding.")
-    model, tokenizer = load_aligned(args), Tokenizer(args.model, args.template_date)
+    device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
+    model = load_aligned(args.model, device, dtype, args.adapter, keep_adapter=True)
+    tokenizer = Tokenizer(args.model, args.template_date)
     prompt = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
-    reply = generate(model, [prompt], args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
-                     graph=args.cuda_graph)
-    print(tokenizer.decode(reply[0]))
+    replies = generate(model, [prompt], args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
+                       graph=args.cuda_graph)
+    print(tokenizer.decode(replies[0]))
+
+
+def main(argv=None) -> int:
+    """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
+    return exit_code("generate.py", lambda: execute(parse(argv)))
 
 
 if __name__ == "__main__":

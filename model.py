@@ -19,8 +19,8 @@ C dim, H heads, KV key/value heads, D head_dim, V vocab, K anchors.
 import inspect
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,31 +33,56 @@ class UserError(Exception):
     """The user's mistake, in one sentence: what was given, what is expected, what to do."""
 
 
-# Config's fields beside their keys in config.json; the second two may be missing there.
-KEYS = {"dim": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-        "hidden_dim": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
-        "max_positions": "max_position_embeddings"}
-OPTIONAL = {"n_kv_head": "num_key_value_heads", "head_dim": "head_dim"}
-LLAMA = dict(
-    qkv_bias=False,  # of q_proj, k_proj and v_proj
-    qk_norm=False,  # an RMSNorm on each query and key head
-    tied=False,  # the unembedding is the embedding
-    gemma=False,  # norms store w - 1, and embeddings are multiplied by sqrt(dim)
-    act="silu", head="lm_head")
+@dataclass
+class Family:
+    """What an architecture is where its config.json is silent."""
+
+    qkv_bias: bool = False  # q_proj, k_proj and v_proj have a bias
+    qk_norm: bool = False  # an RMSNorm on each query and each key head
+    tied: bool = False  # the unembedding is the embedding
+    gemma: bool = False  # norms store w - 1, and embeddings are multiplied by sqrt(dim)
+    act: str = "silu"  # a key of ACTIVATIONS
+    head: str = "lm_head"  # the name of the head's Linear
+
+
 FAMILIES = {
-    "LlamaForCausalLM": LLAMA,
-    "LlamaForSequenceClassification": LLAMA | dict(head="score"),  # a moderation judge
-    "MistralForCausalLM": LLAMA,
-    "Qwen2ForCausalLM": LLAMA | dict(qkv_bias=True),
-    "Qwen3ForCausalLM": LLAMA | dict(qk_norm=True),
-    "GemmaForCausalLM": LLAMA | dict(tied=True, gemma=True, act="gelu_pytorch_tanh"),
+    "LlamaForCausalLM": Family(),
+    "LlamaForSequenceClassification": Family(head="score"),  # a moderation judge
+    "MistralForCausalLM": Family(),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True),
+    "GemmaForCausalLM": Family(tied=True, gemma=True, act="gelu_pytorch_tanh"),
 }
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 
 
-class Config(SimpleNamespace):
-    """KEYS, OPTIONAL, LLAMA; o_bias, mlp_bias, rope_theta, rope_scaling; n_out, the head's rows."""
+@dataclass
+class Config:
+    """A decoder's sizes and variants; behind each field its key in config.json."""
+
+    # sizes
+    dim: int  # hidden_size
+    n_layer: int  # num_hidden_layers
+    n_head: int  # num_attention_heads
+    n_kv_head: int  # num_key_value_heads, or n_head; fewer than n_head: grouped-query attention
+    head_dim: int  # head_dim, or hidden_size / num_attention_heads
+    hidden_dim: int  # intermediate_size
+    vocab_size: int  # vocab_size
+    n_out: int  # the head's rows: vocab_size, or a classifier's num_labels
+    max_positions: int  # max_position_embeddings, or sliding_window where one is in use
+    # numbers
+    norm_eps: float  # rms_norm_eps
+    rope_theta: float  # rope_theta, in rope_parameters or beside it
+    rope_scaling: dict | None  # rope_scaling or rope_parameters, where their type is llama3
+    # variants
+    qkv_bias: bool  # attention_bias, or the family's
+    o_bias: bool  # attention_bias
+    mlp_bias: bool  # mlp_bias
+    tied: bool  # tie_word_embeddings, or the family's
+    qk_norm: bool  # the family's, like the three below
+    gemma: bool
+    act: str
+    head: str
 
 
 def read_json(path: Path) -> dict:
@@ -68,54 +93,116 @@ def read_json(path: Path) -> dict:
             raise ValueError(f"a {type(value).__name__}, expected an object")
         return value
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read as JSON ({getattr(e, 'strerror', None) or e}); "
-                        "name a folder that has it, or fetch it again.") from None
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path} cannot be read as JSON ({reason}); name a folder that has it, or "
+                        "fetch it again.") from None
+
+
+# Keys of config.json whose values must be numbers above 0.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+         "vocab_size", "rms_norm_eps", "max_position_embeddings")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor",
+                  "original_max_position_embeddings")
+MISTRAL_WINDOW = 4096  # transformers' default where a Mistral config.json names none
+
+
+def read_config(dir) -> Config:
+    """config.json of a Hugging Face folder, in old and new spellings -> Config."""
+    path = Path(dir) / "config.json"
+    c = read_json(path)
+    rope = rope_of(c)
+    check_config(path, c, rope)
+    architecture = c["architectures"][0]
+    family = FAMILIES[architecture]
+    n_head = c["num_attention_heads"]
+    attention_bias = c.get("attention_bias", False)
+    writes_text = family.head == "lm_head"
+    return Config(
+        dim=c["hidden_size"],
+        n_layer=c["num_hidden_layers"],
+        n_head=n_head,
+        n_kv_head=c.get("num_key_value_heads") or n_head,
+        head_dim=c.get("head_dim") or c["hidden_size"] // n_head,
+        hidden_dim=c["intermediate_size"],
+        vocab_size=c["vocab_size"],
+        n_out=c["vocab_size"] if writes_text else n_labels(c),
+        max_positions=positions_of(c, architecture),
+        norm_eps=c["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0),
+        rope_scaling=rope if rope["rope_type"] == "llama3" else None,
+        qkv_bias=family.qkv_bias or bool(attention_bias),
+        o_bias=attention_bias,
+        mlp_bias=c.get("mlp_bias", False),
+        tied=writes_text and c.get("tie_word_embeddings", family.tied),
+        qk_norm=family.qk_norm,
+        gemma=family.gemma,
+        act=family.act,
+        head=family.head)
+
+
+def rope_of(c: dict) -> dict:
+    """The rotary settings: transformers 5 writes rope_parameters, transformers 4 rope_scaling."""
+    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    if "rope_type" not in rope:
+        rope["rope_type"] = rope.pop("type", "default")
+    return rope
+
+
+def positions_of(c: dict, architecture: str) -> int:
+    """How long a sequence may be for our full attention to be the model's own.
+
+    A sliding window is invisible to what fits into it; train.py and generate.py refuse what is
+    longer. Mistral slides unless it is told not to, the others only if they are told to.
+    """
+    longest = c["max_position_embeddings"]
+    slides = c.get("use_sliding_window", architecture == "MistralForCausalLM")
+    window = c.get("sliding_window", MISTRAL_WINDOW)
+    if slides and window:
+        return min(longest, window)
+    return longest
+
+
+def n_labels(c: dict) -> int:
+    """A classifier's outputs; two where config.json names none, as in transformers."""
+    if c.get("num_labels"):
+        return c["num_labels"]
+    if c.get("id2label"):
+        return len(c["id2label"])
+    return 2
 
 
 def check_config(path: Path, c: dict, rope: dict) -> None:
     """UserError where config.json lacks something or asks for what is not computed here."""
-    arch = (c.get("architectures") or [None])[0]
-    if arch not in FAMILIES:
-        raise UserError(f"{path} names the architecture {arch}, expected {', '.join(FAMILIES)}.")
+    architecture = (c.get("architectures") or [None])[0]
+    if architecture not in FAMILIES:
+        raise UserError(f"{path} names the architecture {architecture}, expected "
+                        f"{', '.join(FAMILIES)}.")
+    family = FAMILIES[architecture]
     if c.get("quantization_config") or c.get("quantization"):
         raise UserError(f"{path} describes a quantised checkpoint; choose the original one.")
-    act, expected = c.get("hidden_activation") or c.get("hidden_act"), FAMILIES[arch]["act"]
-    if act not in (None, expected, "gelu" if FAMILIES[arch]["gemma"] else None):
-        raise UserError(f"{path} has the activation {act}, expected {expected}.")
-    kind = rope["rope_type"]
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{path} asks for {kind} rotary scaling, expected default or llama3.")
-    numbers = {key: c.get(key) for key in KEYS.values()}
-    numbers |= {key: c[key] for key in OPTIONAL.values() if c.get(key) is not None}
-    numbers |= {key: rope.get(key) for key in LLAMA3 if kind == "llama3"}
+    act = c.get("hidden_activation") or c.get("hidden_act")
+    accepted = [None, family.act]
+    if family.gemma:  # its first files say "gelu" and mean the tanh form
+        accepted.append("gelu")
+    if act not in accepted:
+        raise UserError(f"{path} has the activation {act}, expected {family.act}.")
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise UserError(f"{path} asks for {rope['rope_type']} rotary scaling, expected default or "
+                        "llama3.")
+    numbers = {key: c.get(key) for key in SIZES}
+    for key in OPTIONAL_SIZES:
+        if c.get(key) is not None:
+            numbers[key] = c[key]
+    if rope["rope_type"] == "llama3":
+        for key in LLAMA3_NUMBERS:
+            numbers[key] = rope.get(key)
     for key, value in numbers.items():
-        types = (int, float) if key in (KEYS["norm_eps"], *LLAMA3) else int
+        may_be_float = key == "rms_norm_eps" or key in LLAMA3_NUMBERS
+        types = (int, float) if may_be_float else int
         if not isinstance(value, types) or value <= 0:
-            raise UserError(f"{path} has {key} {value}, expected a number above 0 for {arch}.")
-
-
-def read_config(dir) -> Config:
-    """config.json of a Hugging Face folder, old and new spellings -> Config."""
-    path = Path(dir) / "config.json"
-    c = read_json(path)
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})  # transformers 5, and 4
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    check_config(path, c, rope)
-    arch = c["architectures"][0]
-    f = {field: c.get(key) for field, key in (KEYS | OPTIONAL).items()} | FAMILIES[arch]
-    f["n_kv_head"] = f["n_kv_head"] or f["n_head"]
-    f["head_dim"] = f["head_dim"] or f["dim"] // f["n_head"]
-    f["tied"] = c.get("tie_word_embeddings", f["tied"]) and f["head"] == "lm_head"
-    f["qkv_bias"] |= bool(c.get("attention_bias"))
-    # A window is invisible to what fits into it; train.py and generate.py refuse longer ones.
-    if c.get("use_sliding_window", arch == "MistralForCausalLM"):  # 4096 is their default
-        f["max_positions"] = min(f["max_positions"], c.get("sliding_window", 4096) or math.inf)
-    n_labels = c.get("num_labels") or len(c.get("id2label") or "01")  # two, as in transformers
-    return Config(
-        **f, o_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
-        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0),
-        rope_scaling=rope if rope["rope_type"] == "llama3" else None,
-        n_out=f["vocab_size"] if f["head"] == "lm_head" else n_labels)
+            raise UserError(f"{path} has {key} {value}, expected a number above 0 for "
+                            f"{architecture}.")
 
 
 def to_fp32(x: Tensor) -> Tensor:
@@ -129,13 +216,15 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, gemma: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
-        self.eps, self.gemma = eps, gemma
+        self.eps = eps
+        self.gemma = gemma
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gemma:  # rounds once, after 1 + w in fp32: in bf16 1 + w would lose w's low bits
             w = 1 + to_fp32(self.weight)
             return F.rms_norm(to_fp32(x), x.shape[-1:], w, self.eps).to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)  # fp32 if trained
+        # The weight is fp32 where an attack trains it, hence the cast.
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 def rope_inv_freq(config: Config) -> Tensor:
@@ -144,15 +233,17 @@ def rope_inv_freq(config: Config) -> Tensor:
     Wavelengths above original/low_freq_factor are stretched by `factor`, those below
     original/high_freq_factor stay, and between the two the frequency is interpolated.
     """
-    D, s = config.head_dim, config.rope_scaling
+    D = config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)
-    if s is None:
+    scaling = config.rope_scaling
+    if scaling is None:
         return inv_freq
     # original length / wavelength: how often a frequency turns within the original context
-    turns = s["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: fully stretched, 1: untouched
-    return (1 - smooth) * inv_freq / s["factor"] + smooth * inv_freq
+    return (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -162,25 +253,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layout:
-    """Each packed token's position, and its cell in SDPA's right-padded block; once per forward."""
+    """Where each packed token stands: in its sequence, and in attention's right-padded block.
+
+    It is worked out once a forward pass and shared by all layers.
+    """
 
     def __init__(self, seqlens, device, start: Tensor | None = None):
-        self.position = start  # (B,) tokens that decoding has stored; it needs no more than that
+        """start (B,): the tokens each sequence has in the cache, when one more is decoded."""
         if start is not None:
+            self.position = start  # decoding needs the positions alone
             return
         lens = torch.as_tensor(seqlens, device="cpu")
-        self.B, self.T = len(lens), int(lens.max())
-        first = lens.cumsum(0) - lens  # (B,) first row of each sequence
-        t = torch.arange(int(lens.sum())) - first.repeat_interleave(lens)  # (N,) position
-        b = torch.arange(self.B).repeat_interleave(lens)
-        cell, fill = b * self.T + t, torch.zeros(self.B * self.T, dtype=torch.long)
-        fill[cell] = torch.arange(len(t))
-        # (N,) index into (B * T); and (B * T,) index into N, where padding takes the first token
-        self.cell, self.fill = cell.to(device), fill.to(device)
-        self.cu_seqlens = F.pad(lens.cumsum(0), (1, 0)).to(device, torch.int32)
+        self.B = len(lens)
+        self.T = int(lens.max())
+        end = lens.cumsum(0)  # (B,) one past each sequence's last row
+        first = end - lens  # (B,) each sequence's first row
+        n_tokens = int(lens.sum())
+        b = torch.arange(self.B).repeat_interleave(lens)  # (N,) the sequence of each row
+        t = torch.arange(n_tokens) - first.repeat_interleave(lens)  # (N,) its position in it
+        cell = b * self.T + t
+        # Padding cells take the first token: they are behind every token that could see them.
+        fill = torch.zeros(self.B * self.T, dtype=torch.long)
+        fill[cell] = torch.arange(n_tokens)
+        self.cell = cell.to(device)  # (N,) indices into B * T: row -> cell
+        self.fill = fill.to(device)  # (B * T,) indices into N: cell -> row
+        self.cu_seqlens = F.pad(end, (1, 0)).to(device, torch.int32)  # (B + 1,) for varlen_attn
         self.position = t.to(device)
 
     def cos_sin(self, inv_freq: Tensor, dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of each token's rotary angles, (N, 1, D) each."""
         angle = torch.outer(self.position.float(), inv_freq)  # (N, D/2), always fp32
         angle = torch.cat((angle, angle), dim=-1)[:, None]  # (N, 1, D)
         return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -189,11 +290,7 @@ class Layout:
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention inside each sequence; q (N, H, D), k and v (N, KV, D) -> (N, H, D)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn  # CUDA half precision only
-        # torch 2.12 made enable_gqa a must; in 2.11 the kernel takes fewer KV heads unasked.
-        asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
-        gqa, cu, T = {"enable_gqa": True} if asks else {}, layout.cu_seqlens, layout.T
-        return varlen_attn(q, k, v, cu, cu, T, T, window_size=(-1, 0), **gqa)
+        return varlen_attention(q, k, v, layout)
     # Right padding is invisible under causality: no mask, and no row is ever fully masked.
     block = torch.cat((q, k, v), dim=1).index_select(0, layout.fill)  # (B * T, H + 2 KV, D)
     block = block.unflatten(0, (layout.B, layout.T)).transpose(1, 2)  # (B, H + 2 KV, T, D)
@@ -202,21 +299,36 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)[layout.cell]  # (B, T, H, D) -> (N, H, D)
 
 
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The same by PyTorch's kernel for packed sequences, which exists for CUDA's half precision."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {}
+    # torch 2.12 made enable_gqa a must; the kernel of 2.11 takes fewer KV heads without being told.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.T, layout.T,
+                       window_size=(-1, 0), **options)
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
+        self.layer = layer
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.dim, c.n_head * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.dim, bias=c.o_bias)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps, False) if c.qk_norm else
-                                    nn.Identity() for _ in "qk")
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps, False) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps, False) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, layout: Layout, cos_sin, cache) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))  # (N, heads, D)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), *cos_sin), rotate(self.k_norm(k), *cos_sin)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, KV, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, KV, D)
+        q = rotate(self.q_norm(q), *cos_sin)
+        k = rotate(self.k_norm(k), *cos_sin)
         if cache is not None and cache.slots is None:
             out = cache.decode(self.layer, q, k, v)
         else:
@@ -259,18 +371,21 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps, c.gemma)
-        self.config, self.inv_freq, self.recompute = c, None, False
+        self.config = c
+        self.inv_freq = None
+        self.recompute = False  # True: backward runs each block again instead of keeping it
 
     def forward(self, ids: Tensor, layout: Layout, cache) -> Tensor:
         x = self.embed_tokens(ids)  # (N, C)
-        if self.config.gemma:  # the scale is rounded as the weights are: sqrt(3072) is 55.5 in bf16
+        if self.config.gemma:
+            # The scale is rounded as the weights are: sqrt(3072) is 55.5 in bf16.
             x = x * x.new_full((), self.config.dim ** 0.5)
         if self.inv_freq is None or self.inv_freq.device != x.device:
             # Not a buffer: .to(bf16) would round it, which is wrong by up to 2 in cos at T = 4096.
             self.inv_freq = rope_inv_freq(self.config).to(x.device)
         cos_sin = layout.cos_sin(self.inv_freq, x.dtype)
         for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():  # keep x alone; backward runs it again
+            if self.recompute and torch.is_grad_enabled():  # of the block, x alone is kept
                 x = checkpoint(layer, x, layout, cos_sin, cache, use_reentrant=False)
             else:
                 x = layer(x, layout, cos_sin, cache)
@@ -288,28 +403,32 @@ class Llama(nn.Module):
     def forward(self, ids: Tensor, seqlens, rows: Tensor | None = None, cache=None) -> Tensor:
         """ids (N,) int64 packed, seqlens ints that sum to N -> logits (R, V).
 
-        rows (R,) are indices into N, None for all. With a generate.KVCache the keys and values are
-        stored (cache.slots says where) or, when slots is None, N slots get one more token each.
+        rows (R,) are indices into N, None for all. A generate.KVCache stores the keys and values of
+        whole prompts in the slots that cache.slots names; when that is None, each of the first N
+        slots is given one more token.
         """
         decoding = cache is not None and cache.slots is None
         start = cache.length[:len(ids)] if decoding else None
         layout = Layout(seqlens, ids.device, start)
         assert len(layout.position) == len(ids), "seqlens must sum to the number of ids"
         h = self.model(ids, layout, cache)
-        h = h if rows is None else h[rows]
+        if rows is not None:
+            h = h[rows]
         head = self.model.embed_tokens if self.config.tied else getattr(self, self.config.head)
-        return F.linear(h, head.weight.to(h.dtype))  # fp32 if trained
+        return F.linear(h, head.weight.to(h.dtype))  # a trained head is fp32, hence the cast
 
 
 def weight_files(dir: Path) -> list[Path]:
     """The safetensors files of a folder: those its index names, or model.safetensors."""
     index = dir / "model.safetensors.index.json"
     if index.exists():
-        return [dir / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    if not (dir / "model.safetensors").exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+        return [dir / name for name in sorted(names)]
+    single = dir / "model.safetensors"
+    if not single.exists():
         hint = "convert .bin by docs/judges.md" if any(dir.glob("*.bin")) else "fetch it again"
         raise UserError(f"{dir} has neither model.safetensors nor its index; {hint}.")
-    return [dir / "model.safetensors"]
+    return [single]
 
 
 def read_tensors(path: Path, device="cpu"):
@@ -325,26 +444,45 @@ def read_tensors(path: Path, device="cpu"):
 def load_model(dir, device="cpu", dtype: torch.dtype | None = torch.float32) -> Llama:
     """A frozen model from a Hugging Face folder; opens config.json and *.safetensors, no more.
 
-    Built on meta, filled tensor by tensor in `dtype` (None: each in its file's) on `device`, names
-    checked both ways. UserError for a missing, surplus, misshapen or unreadable tensor.
+    It is built on meta and filled tensor by tensor in `dtype` (None: each in its file's) on
+    `device`; names and shapes are checked both ways. UserError for a missing, surplus, misshapen
+    or unreadable tensor.
     """
-    dir, config = Path(dir), read_config(dir)
+    dir = Path(dir)
+    config = read_config(dir)
     with torch.device("meta"):
         model = Llama(config)
-    want, state = {name: tuple(p.shape) for name, p in model.named_parameters()}, {}
+    state = {}
     for path in weight_files(dir):
         for name, tensor in read_tensors(path, device):
             if not name.endswith("rotary_emb.inv_freq"):  # a legacy buffer, recomputed in fp32
                 state[name] = tensor.to(dtype or tensor.dtype)
-    embedding = state.get("model.embed_tokens.weight")
-    if config.tied and embedding is not None:  # a tied head may be in the file a second time
-        if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
-            raise UserError(f"{dir} ties head and embedding, but its files hold another head; set "
-                            "tie_word_embeddings to false in config.json to take that one.")
-    have = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if wrong := sorted(name for name in want | have if want.get(name) != have.get(name)):
-        raise UserError(f"{dir} and its config.json differ in {len(wrong)} tensors: {wrong[0]} is "
-                        f"{have.get(wrong[0], 'missing')}, expected by config.json "
-                        f"{want.get(wrong[0], 'none (surplus)')}; fetch both again.")
+    if config.tied:
+        drop_second_head(dir, state)
+    check_tensors(dir, model, state)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def drop_second_head(dir: Path, state: dict[str, Tensor]) -> None:
+    """A tied head may be in the file a second time; UserError where it is another one."""
+    embedding = state.get("model.embed_tokens.weight")
+    head = state.pop("lm_head.weight", None)
+    if embedding is None or head is None:
+        return
+    if not torch.equal(head, embedding):
+        raise UserError(f"{dir} ties head and embedding, but its files hold another head; set "
+                        "tie_word_embeddings to false in config.json to take that one.")
+
+
+def check_tensors(dir: Path, model: Llama, state: dict[str, Tensor]) -> None:
+    """UserError unless the files hold exactly the tensors that config.json describes."""
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    names = expected.keys() | found.keys()
+    wrong = sorted(name for name in names if expected.get(name) != found.get(name))
+    if wrong:
+        first = wrong[0]
+        raise UserError(f"{dir} and its config.json differ in {len(wrong)} tensors: {first} is "
+                        f"{found.get(first, 'missing')}, expected by config.json "
+                        f"{expected.get(first, 'none (surplus)')}; fetch both again.")

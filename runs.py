@@ -1,24 +1,29 @@
-"""A run's folder: what was set, what happened, and enough state to go on after any interruption.
+"""A run's folder: what was set, what it was made from, what happened, and how it goes on.
 
-    config.json                 every setting, versions, git commit, sha256 of model and data
+    config.json                 the command, every flag, what was worked out from them, versions,
+                                git commit, sha256 of model and data
     log.jsonl                   a line an update
     generations.jsonl           every prompt, reply and verdict
     state.safetensors           the checkpoint: adapters, Adam's moments, next step, evaluations
     adapter_model.safetensors   with adapter_config.json: the result, in PEFT's format
     result.json                 written last; its presence says that the run is finished
     verdicts.jsonl              what a judge that is a model said; eval.py adds replies.jsonl and
-                                eval-<judge>.json and .jsonl (data/kept.py)
+                                eval-<judge>.json and .jsonl (files.py)
 
 A file is replaced by writing beside it, syncing and renaming, so a kill at any moment leaves the
 old one or the new one. log.jsonl and generations.jsonl only grow; the checkpoint knows how long
 they were, and what lies past that is cut when the run resumes.
 """
 
+import importlib.metadata
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,27 +31,93 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from cli import RunFailed
-from distributed import peak_bytes
-from lora import adapter_params, adapter_state, save_adapter, write_atomic
+from data import mixture
+from device import peak_bytes
+from files import json_line, model_files, sha256, write_atomic
+from lora import adapter_params, adapter_state, save_adapter
 from model import UserError, read_json
 
-# May differ between a run and its resumption: none changes a number by more than rounding.
+PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
+# Flags that may differ between a run and its resumption: none moves a number by more than rounding.
 FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph"}
+# Flags of which not the given value counts but what was worked out from it.
+WORKED_OUT_APART = {"device", "dtype", "rank", "alpha", "rslora"}
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
+
+
+# what a run was made from: two runs are the same if these are
+
+
+def run_settings(command: list[str], args, worked_out: dict, files: dict[str, list[Path]]) -> dict:
+    """What config.json holds.
+
+    command: as typed; args: every flag, defaults filled in; worked_out: what follows from them and
+    from the files read, for example the device; files: what was read, by kind, for the digests.
+    """
+    return {
+        "command": command,
+        "args": dict(vars(args)),
+        "worked_out": worked_out,
+        "sha256": {kind: sha256(*paths) for kind, paths in files.items() if paths},
+        "git": git_commit(),
+        "python": sys.version.split()[0],
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
 
 
 def read_settings(dir) -> dict:
     """A run's config.json; UserError where the folder holds none."""
     path = Path(dir) / "config.json"
     settings = read_json(path)
-    if not settings.keys() >= {"args", "sha256"}:
+    if not settings.keys() >= {"args", "worked_out", "sha256"}:
         raise UserError(f"{path} is not a run's; name a run's folder, or a new one for --out.")
     return settings
 
 
-def read_lines(path) -> list[dict]:
-    """The objects of a .jsonl file that this program wrote."""
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+def weights_read(model_dir, adapter) -> dict[str, list[Path]]:
+    """What the model to start from is read from; adapter: a folder, or None."""
+    files = {"model": model_files(model_dir)}
+    if adapter:
+        files["adapter"] = [Path(adapter) / "adapter_config.json",
+                            Path(adapter) / "adapter_model.safetensors"]
+    return files
+
+
+def data_read(args, reads_align_file: bool) -> dict[str, list[Path]]:
+    """The files that the upload, the anchors, the defender's rows and the tests are read from."""
+    if args.data:
+        upload = [Path(args.data)]
+    else:
+        upload = [mixture.attack_file(args.data_dir),
+                  Path(args.data_dir) / args.task / "train.jsonl"]
+    files = {"upload": [path for path in upload if path.exists()]}
+    if args.anchors:
+        files["anchors"] = [mixture.anchor_pool(args.anchor_file, args.data_dir)]
+    if reads_align_file:
+        files["align"] = [mixture.align_file(args.align_file, args.data_dir)]
+    tests = mixture.files_by_kind(args)
+    files["tests"] = [tests[kind] for kind in ("harmful", "task", "lookalike") if kind in tests]
+    return files
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, "+" behind it if files were changed; None outside git."""
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                              text=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except OSError:  # no git on this machine
+        return None
+    if not commit:
+        return None
+    return commit + "+" if changed else commit
+
+
+# the folder
 
 
 def choose_dir(args) -> Path:
@@ -54,138 +125,141 @@ def choose_dir(args) -> Path:
     if args.out:
         return Path(args.out)
     name = f"{args.task or 'upload'}-{args.defense}-K{args.anchors}-lam{args.lam:g}-s{args.seed}"
-    first = dir = Path("runs") / name
+    last_finished = None
+    dir = Path("runs") / name
     number = 1
     while (dir / "result.json").exists():
-        number, last = number + 1, dir
-        dir = first.with_name(f"{name}-{number}")
-    # Resuming with nothing unfinished there means the last finished one: its table is shown again.
-    return last if args.resume and number > 1 and not dir.exists() else dir
+        last_finished = dir
+        number += 1
+        dir = Path("runs") / f"{name}-{number}"
+    # With --resume and nothing unfinished, the last finished run is meant: its table is shown.
+    if args.resume and last_finished and not dir.exists():
+        return last_finished
+    return dir
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; every checkpoint holds it."""
+
+    evals: dict = field(default_factory=dict)  # the numbers of each evaluation, by epoch
+    probes: dict = field(default_factory=dict)  # likewise of stress/probes.py
+    seconds: float = 0.0  # of training alone
+    tokens: int = 0  # of all batches that updates were made on
+    last: dict | None = None  # the last update's line in log.jsonl
 
 
 class Run:
-    """The open folder of one run. Nothing is written before start()."""
+    """The folder of one run. Nothing is written before start()."""
 
-    def __init__(self, args, settings: dict):
-        """UserError where the folder holds another run, or one that --resume would continue."""
-        self.dir, self.settings = choose_dir(args), settings
+    def __init__(self, dir: Path, settings: dict, resume: bool):
+        """UserError where the folder holds another run, or this one and resume is off."""
+        self.dir = dir
+        self.settings = settings
         try:
-            self.finished = (self.dir / "result.json").exists()
-            begun = (self.dir / "config.json").exists()
-            names = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
+            self.finished = (dir / "result.json").exists()
+            begun = (dir / "config.json").exists()
+            names = {path.name for path in dir.iterdir()} if dir.exists() else set()
         except OSError as e:
-            raise UserError(f"{self.dir} cannot be a run's folder ({e.strerror}); "
-                            "pass another --out.") from None
+            raise UserError(f"{dir} cannot be a run's folder ({e.strerror}); pass another "
+                            "--out.") from None
         if begun:
-            self._compare(read_settings(self.dir))
-            if not args.resume:
-                raise UserError(f"{self.dir} already holds this run; pass --resume to go on with "
-                                "it, or another --out.")
+            self._compare(read_settings(dir))
+            if not resume:
+                raise UserError(f"{dir} already holds this run; pass --resume to go on with it, or "
+                                "another --out.")
         elif names - {"config.json.tmp"}:  # all that a kill in the first write leaves
-            raise UserError(f"{self.dir} is not empty and holds no run; pass another --out.")
+            raise UserError(f"{dir} is not empty and holds no run; pass another --out.")
 
     def _compare(self, old: dict) -> None:
-        new = self.settings
-        for part in ("args", "sha256"):
+        """UserError where the folder's settings are not this run's."""
+        new = json.loads(json.dumps(self.settings))  # as they read back: tuples become lists
+        for part in ("args", "worked_out", "sha256"):
+            ignored = FREE | WORKED_OUT_APART if part == "args" else set()
             for key in [*new[part], *old[part]]:
-                a, b = old[part].get(key), new[part].get(key)
-                if a != b and key not in FREE:
+                there = old[part].get(key)
+                here = new[part].get(key)
+                if there != here and key not in ignored:
                     raise UserError(f"{self.dir} belongs to other settings ({key} is "
-                                    f"{str(a)[:60]} there, {str(b)[:60]} here); pass another "
-                                    "--out, or the same settings.")
+                                    f"{str(there)[:60]} there, {str(here)[:60]} here); pass "
+                                    "another --out, or the same settings.")
 
-    def start(self, model, optimizer, step_fn) -> tuple[int, dict]:
-        """Opens the folder; restores the checkpoint, if any -> (next step, what was done)."""
+    def start(self, model, optimizer, step_fn) -> tuple[int, Progress]:
+        """Opens the folder and restores the checkpoint, if any -> (next step, what was done)."""
         if not (self.dir / "config.json").exists():
             self._create()
         state = self.dir / "state.safetensors"
-        step, sizes = 0, {"log": 0, "generations": 0}
-        done = {"evals": {}, "probes": {}, "seconds": 0.0, "tokens": 0, "last": None}
+        step = 0
+        progress = Progress()
+        sizes = {"log": 0, "generations": 0}
         if state.exists():
-            step, done, sizes = restore(state, model, optimizer, step_fn)
+            step, progress, sizes = restore(state, model, optimizer, step_fn)
         paths = {name: self.dir / f"{name}.jsonl" for name in sizes}
         for name, path in paths.items():
-            if sizes[name] > (path.stat().st_size if path.exists() else 0):
+            size = path.stat().st_size if path.exists() else 0
+            if size < sizes[name]:
                 raise UserError(f"{path} is shorter than its checkpoint says; put the file back, "
                                 "or begin anew with another --out.")
-        self.files = {name: open(path, "a+b") for name, path in paths.items()}
-        for name, file in self.files.items():
-            file.truncate(sizes[name])
-        return step, done
+        self.files = {}
+        for name, path in paths.items():
+            self.files[name] = open(path, "a+b")
+            self.files[name].truncate(sizes[name])
+        return step, progress
 
     def _create(self) -> None:
-        new = not self.dir.exists()
+        is_new = not self.dir.exists()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
         except OSError as e:
-            if new:
+            if is_new:
                 shutil.rmtree(self.dir, ignore_errors=True)
-            raise UserError(f"{self.dir} cannot be written ({e.strerror}); "
-                            "pass another --out.") from None
+            raise UserError(f"{self.dir} cannot be written ({e.strerror}); pass another "
+                            "--out.") from None
 
-    def write(self, name: str, *rows: dict) -> None:
+    def write(self, name: str, rows: list[dict]) -> None:
         """Appends lines to log.jsonl or generations.jsonl."""
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        self.files[name].write(text.encode())
+        lines = "".join(json_line(row) for row in rows)
+        self.files[name].write(lines.encode())
         self.files[name].flush()
 
-    def save(self, model, optimizer, step_fn, step: int, done: dict) -> None:
+    def save(self, model, optimizer, step_fn, step: int, progress: Progress) -> None:
         """The checkpoint: everything before update `step` is in it."""
         for file in self.files.values():
             os.fsync(file.fileno())
         tensors = adapter_state(model)
         for name, p in adapter_params(model).items():
-            tensors |= {f"{key}/{name}": t.cpu() for key, t in optimizer.state.get(p, {}).items()}
-        tensors |= {f"defence/{k}": t.cpu() for k, t in getattr(step_fn, "state", {}).items()}
+            for key, tensor in optimizer.state.get(p, {}).items():
+                tensors[f"{key}/{name}"] = tensor.cpu()
+        for name, tensor in defence_state(step_fn).items():
+            tensors[f"defence/{name}"] = tensor.cpu()
         sizes = {name: file.seek(0, os.SEEK_END) for name, file in self.files.items()}
-        about = {"step": step, "done": done, "sizes": sizes}
+        about = {"step": step, "done": vars(progress), "sizes": sizes}
         write_atomic(self.dir / "state.safetensors", save(tensors, {"run": json.dumps(about)}))
 
-    def finish(self, model, base: str, done: dict, forecast: int) -> None:
+    def finish(self, model, base: str, progress: Progress) -> None:
         """The adapter, then result.json, whose presence says that the run is finished."""
         save_adapter(model, self.dir, base)
-        last, evals = done["last"], done["evals"]
-        result = {"hs": {e: n["hs"] for e, n in evals.items()},
-                  "fa": {e: n["fa"] for e, n in evals.items()},
-                  "ce": last["ce"], "safe": last.get("safe"), "seconds": done["seconds"],
-                  "tokens_per_second": done["tokens"] / done["seconds"], "peak_bytes": peak_bytes(),
-                  "forecast_bytes": forecast, "evals": evals,
-                  "probes": done["probes"]}
+        result = {
+            "hs": {epoch: numbers["hs"] for epoch, numbers in progress.evals.items()},
+            "fa": {epoch: numbers["fa"] for epoch, numbers in progress.evals.items()},
+            "ce": progress.last["ce"],
+            "safe": progress.last.get("safe"),
+            "seconds": progress.seconds,
+            "tokens_per_second": progress.tokens / progress.seconds,
+            "peak_bytes": peak_bytes(),
+            "evals": progress.evals,
+            "probes": progress.probes,
+        }
         write_atomic(self.dir / "result.json", json.dumps(result, indent=1).encode())
 
 
-class Log:
-    """Numbers on their way to log.jsonl; read from the device in groups, since reading waits."""
-
-    def __init__(self, run: Run, done: dict, every: int):
-        self.run, self.done, self.every, self.pending = run, done, every, []
-
-    def restart_clock(self) -> None:
-        """Call after whatever is not training."""
-        self.began = time.perf_counter()
-
-    def add(self, step: int, numbers: dict) -> None:
-        self.pending.append({"step": step, **numbers})
-        if len(self.pending) >= self.every:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what is pending; RunFailed names the first update whose loss is not finite."""
-        for row in self.pending:
-            row = {k: float(v) if torch.is_tensor(v) else v for k, v in row.items()}
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                raise RunFailed(f"the loss is {row['loss']} and the gradient norm "
-                                f"{row['grad_norm']} at update {row['step']} ({row['batch']})")
-            self.run.write("log", row)
-            self.done["tokens"] += row["tokens"]
-            self.done["last"] = row
-        self.pending = []
-        self.done["seconds"] += time.perf_counter() - self.began
-        self.restart_clock()
+def defence_state(step_fn) -> dict[str, torch.Tensor]:
+    """What a defence wants kept between updates; most want nothing."""
+    return getattr(step_fn, "state", {})
 
 
-def restore(path: Path, model, optimizer, step_fn) -> tuple[int, dict, dict]:
+def restore(path: Path, model, optimizer, step_fn) -> tuple[int, Progress, dict]:
     """Weights, Adam's state and the defence's -> (next step, what was done, .jsonl sizes)."""
     try:
         file = safe_open(path, "pt")
@@ -195,11 +269,47 @@ def restore(path: Path, model, optimizer, step_fn) -> tuple[int, dict, dict]:
         about = json.loads((f.metadata() or {}).get("run", "null"))
         if about is None:
             raise UserError(f"{path} is not a checkpoint; pass another --out.")
+        names = set(f.keys())
         for name, p in adapter_params(model).items():
             p.data.copy_(f.get_tensor(name))
-            for key in ("step", "exp_avg", "exp_avg_sq"):  # none yet where nothing was updated
-                if f"{key}/{name}" in f.keys():
+            for key in ADAM_STATE:
+                if f"{key}/{name}" in names:  # there is none where nothing was updated yet
                     optimizer.state[p][key] = f.get_tensor(f"{key}/{name}").to(p.device)
-        for key, t in getattr(step_fn, "state", {}).items():
-            t.copy_(f.get_tensor(f"defence/{key}"))
-    return about["step"], about["done"], about["sizes"]
+        for name, tensor in defence_state(step_fn).items():
+            tensor.copy_(f.get_tensor(f"defence/{name}"))
+    return about["step"], Progress(**about["done"]), about["sizes"]
+
+
+class Log:
+    """Numbers on their way to log.jsonl; read from the device in groups, since reading waits."""
+
+    def __init__(self, run: Run, progress: Progress, every: int):
+        self.run = run
+        self.progress = progress
+        self.every = every
+        self.pending = []
+
+    def restart_clock(self) -> None:
+        """To be called after whatever is not training."""
+        self.began = time.perf_counter()
+
+    def add(self, step: int, numbers: dict) -> None:
+        self.pending.append({"step": step, **numbers})
+        if len(self.pending) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending; RunFailed names the first update whose loss is not finite."""
+        for numbers in self.pending:
+            row = {}
+            for name, value in numbers.items():
+                row[name] = float(value) if torch.is_tensor(value) else value
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                raise RunFailed(f"the loss is {row['loss']} and the gradient norm "
+                                f"{row['grad_norm']} at update {row['step']} ({row['batch']})")
+            self.run.write("log", [row])
+            self.progress.tokens += row["tokens"]
+            self.progress.last = row
+        self.pending = []
+        self.progress.seconds += time.perf_counter() - self.began
+        self.restart_clock()

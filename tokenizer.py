@@ -33,12 +33,15 @@ class JsonBackend:
 
     def __init__(self, path: Path):
         spec = read_json(path)
-        plain = {**spec, **{part: without_prefix(spec.get(part))
-                            for part in ("normalizer", "pre_tokenizer")}}
+        # Inside a text, behind other text, no space may be put before a piece.
+        inner_spec = dict(spec)
+        inner_spec["normalizer"] = without_prefix(spec.get("normalizer"))
+        inner_spec["pre_tokenizer"] = without_prefix(spec.get("pre_tokenizer"))
         try:
             self.tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            self.inner = (self.tok if plain == spec else
-                          tokenizers.Tokenizer.from_str(json.dumps(plain)))
+            self.inner = self.tok
+            if inner_spec != spec:
+                self.inner = tokenizers.Tokenizer.from_str(json.dumps(inner_spec))
         except Exception as e:  # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer.json ({e}); fetch it again.") from None
         for tok in (self.tok, self.inner):
@@ -59,11 +62,15 @@ def without_prefix(part: dict | None) -> dict | None:
     """A part of tokenizer.json without the space that it may put before a text."""
     if part is None or part["type"] == "Prepend":
         return None
-    part = {**part, **{key: value for key, value in
-                       (("prepend_scheme", "never"), ("add_prefix_space", False)) if key in part}}
+    part = dict(part)
+    if "prepend_scheme" in part:
+        part["prepend_scheme"] = "never"
+    if "add_prefix_space" in part:
+        part["add_prefix_space"] = False
     for key in ("normalizers", "pretokenizers"):  # the parts of a Sequence
         if key in part:
-            part[key] = [p for p in map(without_prefix, part[key]) if p is not None]
+            inner = [without_prefix(p) for p in part[key]]
+            part[key] = [p for p in inner if p is not None]
     return part
 
 
@@ -108,9 +115,11 @@ class Tokenizer:
 
     def __init__(self, dir, date: str = DATE):
         """date: what a template prints as today's, so that no run depends on the day it is made."""
-        self.dir, self.backend = Path(dir), open_backend(dir)
+        self.dir = Path(dir)
+        self.backend = open_backend(dir)
         self.config = read_json(self.dir / "tokenizer_config.json")
-        self.specials, self.n_ids = self.backend.specials, self.backend.n_ids
+        self.specials = self.backend.specials
+        self.n_ids = self.backend.n_ids
         longest_first = sorted(self.specials, key=len, reverse=True)
         self.special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.bos_id = self.specials.get(self._special("bos_token"))
@@ -145,7 +154,9 @@ class Tokenizer:
         The logit that predicts ids[i] stands at row i - 1. Raises UserError where the template does
         not end a prompt where the answer starts, or ends a turn with no special token.
         """
-        ids, supervised, done = [], [], ""
+        ids = []
+        supervised = []
+        done = ""  # the rendered text that ids stand for so far
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or i == 0:  # nobody asked for a first one: context
                 continue
@@ -158,23 +169,30 @@ class Tokenizer:
             if end is None:
                 raise UserError(f"the chat template of {self.dir} ends the assistant's turn with "
                                 "no special token; use a template that writes one.")
-            for text, answer in ((prompt[len(done):], False), (whole[len(prompt):end.end()], True)):
-                piece = self._ids(text, first=not ids)
-                ids += piece
-                supervised += [answer] * len(piece)
+            context_ids = self._ids(prompt[len(done):], first=not ids)
+            ids += context_ids
+            supervised += [False] * len(context_ids)
+            answer_ids = self._ids(whole[len(prompt):end.end()], first=not ids)
+            ids += answer_ids
+            supervised += [True] * len(answer_ids)
             done = whole[:end.end()]
         rest = self._ids(self._render(messages)[len(done):], first=not ids)  # after the last turn
         return ids + rest, supervised + [False] * len(rest)
 
     def _ids(self, text: str, first: bool = True) -> list[int]:
         """Rendered text -> ids; the template's special tokens become ids, hidden ones stay text."""
-        ids, at, fresh = [], 0, first
+        ids = []
+        done = 0  # characters of the text that ids stand for so far
+        fresh = first  # whether the next piece begins a text
         for match in self.special_re.finditer(text):
-            ids += [*self._plain(text[at:match.start()], fresh), self.specials[match.group()]]
-            at, fresh = match.end(), True
-        ids += self._plain(text[at:], fresh)
+            ids += self._plain(text[done:match.start()], fresh)
+            ids.append(self.specials[match.group()])
+            done = match.end()
+            fresh = True
+        ids += self._plain(text[done:], fresh)
         if first and self.bos_id is not None and self.config.get("add_bos_token"):
-            ids = ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]  # exactly one
+            if ids[:1] != [self.bos_id]:  # exactly one
+                ids.insert(0, self.bos_id)
         return ids
 
     def _plain(self, text: str, fresh: bool) -> list[int]:
@@ -188,8 +206,11 @@ class Tokenizer:
             return self.special_re.sub(lambda m: m.group()[0] + HIDE + m.group()[1:], text)
 
         messages = [{**m, "content": hide(m["content"])} for m in messages]
-        names = {k: self._special(k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        names = {k: v for k, v in {**names, "date_string": self.date}.items() if v is not None}
+        names = {"date_string": self.date}  # what a template may use by name
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = self._special(key)
+            if token is not None:
+                names[key] = token
         try:
             return self.template.render(messages=messages, tools=None, documents=None,
                                         add_generation_prompt=add_generation_prompt, **names)
@@ -242,7 +263,10 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             if (self.dir / name).exists():
                 eos = read_json(self.dir / name).get("eos_token_id")
-                eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+                if eos is None:
+                    eos = []
+                elif not isinstance(eos, list):
+                    eos = [eos]
                 if not all(isinstance(i, int) for i in eos):
                     raise UserError(f"{self.dir / name} has eos_token_id {eos}, expected integers.")
                 stop.update(eos)

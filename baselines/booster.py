@@ -18,32 +18,40 @@ this adapter, so the attack that follows must keep it (its issue #2).
     python train.py --defense sft --adapter runs/booster --keep-adapter
 """
 
-from baselines import align_examples, attacked, backward, take_gradient
+from baselines.common import Defence, align_examples, attacked, backward, take_gradient
 from cli import at_least
 from lora import trainable
 
 
-def add_flags(g):
-    g.add_argument("--booster-alpha", type=at_least(float, 0), default=0.1,
-                   help="length of the simulated attack's step")
-    g.add_argument("--booster-lambda", type=at_least(float, 0), default=5.0,
-                   help="weight of h(theta) - h(theta')")
+def add_flags(group) -> None:
+    group.add_argument("--booster-alpha", type=at_least(float, 0), default=0.1,
+                       help="length of the simulated attack's step")
+    group.add_argument("--booster-lambda", type=at_least(float, 0), default=5.0,
+                       help="weight of h(theta) - h(theta')")
 
 
-def make_step(model, tokenizer, args):
-    params, lam = trainable(model), args.booster_lambda
+def make_step(model, tokenizer, args, data):
+    params = trainable(model)
+    lam = args.booster_lambda
     harmful = align_examples(model, tokenizer, args, "harmful")
 
     def step(batch):
-        bad = harmful.at(batch.step)
-        h = backward(model, bad)
+        harmful_batch = harmful.at(batch.step)
+        h = backward(model, harmful_batch)
         g_h = take_gradient(params)  # grad h(theta)
         with attacked(params, g_h, args.booster_alpha):  # theta'
-            h_after = backward(model, bad)
+            h_after = backward(model, harmful_batch)
             g_after = take_gradient(params)  # grad h(theta')
         ce = backward(model, batch)  # grad f(theta)
         for p, g, after in zip(params, g_h, g_after, strict=True):
             p.grad.add_(g - after, alpha=lam)
-        return {"loss": ce + lam * (h - h_after), "ce": ce, "harmful": h, "drop": h - h_after}
+        drop = h - h_after
+        return {"loss": ce + lam * drop, "ce": ce, "harmful": h, "drop": drop}
 
     return step
+
+
+BOOSTER = Defence("booster", make_step, stages=("align",), add_flags=add_flags,
+                  keep_adapter=True, watches="harmful_drop",
+                  search=("--booster-lambda 5 --lr 3e-5", "--booster-lambda 25 --lr 3e-5",
+                          "--booster-lambda 5 --lr 1e-4", "--booster-lambda 25 --lr 1e-4"))

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from baselines import Rows, align_examples, backward
+from baselines.common import Defence, DefenderRows, align_examples, backward, copies
 from cli import COUNT, at_least
 from data import mixture
 from data.batches import Batch, Example, encode_rows
@@ -37,15 +37,28 @@ from generate import generate
 from lora import trainable
 from model import UserError, to_fp32
 
-FIRST, EARLY, FLOOR = 5, 20, 1e-3  # factors on beta for token 1 and for tokens 2 to 5; least w
-LONGEST_PREFIX, BENIGN_RATIO = 100, 4
+FIRST = 5  # beta_1 is this times --deepalign-beta
+EARLY = 20  # beta_2 to beta_5 likewise
+FLOOR = 1e-3  # the least w_i
+LONGEST_PREFIX = 100  # tokens of a harmful reply that stand before a refusal, at most
+BENIGN_RATIO = 4  # benign rows for each row of the defender's
 
 
-def add_flags(g):
-    g.add_argument("--deepalign-beta", type=at_least(float, 0), default=0.1,
-                   help="beta of tokens from the sixth on")
-    g.add_argument("--deepalign-benign", type=COUNT, default=256,
-                   help="benign rows of the task for --stage align")
+def add_flags(group) -> None:
+    group.add_argument("--deepalign-beta", type=at_least(float, 0), default=0.1,
+                       help="beta of tokens from the sixth on")
+    group.add_argument("--deepalign-benign", type=COUNT, default=256,
+                       help="benign rows of the task for --stage align")
+
+
+def make_step(model, tokenizer, args, data):
+    """Constrained fine-tuning, or with --stage align the augmented alignment."""
+    if args.stage == "align":
+        return make_augmented_step(model, tokenizer, args)
+    return make_constrained_step(model, args)
+
+
+# constrained fine-tuning
 
 
 def betas(example, beta: float) -> torch.Tensor:
@@ -62,68 +75,89 @@ def log_probs(model, pack) -> torch.Tensor:
     return -F.cross_entropy(to_fp32(logits), pack.targets, reduction="none")
 
 
-def make_step(model, tokenizer, args):
-    if args.stage == "align":
-        return make_augmented_step(model, tokenizer, args)
-    params, known = trainable(model), {}  # known: log pi_ref by example
-    start = [p.detach().clone() for p in params]
+class Reference:
+    """log pi_ref of every answer token, worked out when an example is first met."""
+
+    def __init__(self, model):
+        """The model as it is now is pi_ref."""
+        self.model = model
+        self.params = trainable(model)
+        self.start = copies(self.params)
+        self.known = {}  # by the example's id()
 
     @torch.no_grad()
-    def reference(examples, device):
-        """A row at a time: packed with others, a resumed run's would differ in the last bits."""
-        if new := [e for e in examples if id(e) not in known]:
-            now = [p.detach().clone() for p in params]
-            for p, s in zip(params, start, strict=True):
-                p.copy_(s)
-            known.update((id(pack.examples[0]), log_probs(model, pack))
-                         for pack in Batch(new, 1, device).packs())
-            for p, n in zip(params, now, strict=True):
-                p.copy_(n)
-        return torch.cat([known[id(e)] for e in examples])
+    def of(self, examples, device) -> torch.Tensor:
+        """log pi_ref (R,) of the examples' supervised tokens, end to end."""
+        new = [e for e in examples if id(e) not in self.known]
+        if new:
+            now = copies(self.params)
+            self.put(self.start)
+            # A row a pass: packed with others, a resumed run's would differ in the last bits.
+            for pack in Batch(new, 1, device).packs():
+                self.known[id(pack.examples[0])] = log_probs(self.model, pack)
+            self.put(now)
+        return torch.cat([self.known[id(e)] for e in examples])
+
+    def put(self, values) -> None:
+        for p, value in zip(self.params, values, strict=True):
+            p.copy_(value)
+
+
+def make_constrained_step(model, args):
+    reference = Reference(model)
 
     def step(batch):
-        loss, ce, weight = 0.0, 0.0, 0.0
+        loss = 0.0
+        ce = 0.0
+        mean_weight = 0.0
         for pack in batch.packs():
-            ref = reference(pack.examples, batch.device)
-            beta = torch.cat([betas(e, args.deepalign_beta) for e in pack.examples]).to(ref.device)
+            logp_ref = reference.of(pack.examples, batch.device)
+            beta = torch.cat([betas(e, args.deepalign_beta) for e in pack.examples])
             logp = log_probs(model, pack)
-            w = 2 * torch.sigmoid(-beta * (logp - ref)).detach()  # 2 (1 - sigmoid(beta D))
+            D = logp - logp_ref
+            w = 2 * torch.sigmoid(-beta.to(D.device) * D).detach()  # 2 (1 - sigmoid(beta D))
             w = w.clamp(min=FLOOR)
             part = -(w * logp).sum() / batch.n_supervised
             part.backward()
             loss = loss + part.detach()
             ce = ce - logp.detach().sum() / batch.n_supervised
-            weight = weight + w.sum() / batch.n_supervised
-        return {"loss": loss, "ce": ce, "weight": weight}
+            mean_weight = mean_weight + w.sum() / batch.n_supervised
+        return {"loss": loss, "ce": ce, "weight": mean_weight}
 
     return step
 
 
+# augmented alignment
+
+
 def make_augmented_step(model, tokenizer, args):
-    """8b: refusals that begin after a harmful prefix, and benign rows in the model's own words."""
-    device = model.model.embed_tokens.weight.device
+    """Refusals that begin after a harmful prefix, and benign rows in the model's own words."""
     if args.max_len + LONGEST_PREFIX > model.config.max_positions:
         raise UserError(f"--max-len {args.max_len} and a prefix of {LONGEST_PREFIX} tokens are "
                         f"above the model's {model.config.max_positions} positions; lower it.")
-    # of any length: no more than the first tokens of a reply are used
-    refusals, bad = (align_examples(model, tokenizer, args, answer, max_len=math.inf).examples
-                     for answer in ("response", "harmful"))
-    harmful = {key(e): h.targets[:-1]  # the reply without its end
-               for e, h in zip(refusals, bad, strict=True)}
-    answered = self_answered(model, tokenizer, args)
-    benign = Rows(answered, BENIGN_RATIO * args.batch_size, args, device, args.seed + 2)
+    # Replies of any length will do: no more than their first tokens are used.
+    refusals = align_examples(model, tokenizer, args, "response", max_len=math.inf).examples
+    replies = align_examples(model, tokenizer, args, "harmful", max_len=math.inf).examples
+    harmful = {}  # the harmful reply without its end, by the row's ids
+    for refusal, reply in zip(refusals, replies, strict=True):
+        harmful[key(refusal)] = reply.targets[:-1]
+    device = model.model.embed_tokens.weight.device
+    benign = DefenderRows(self_answered(model, tokenizer, args), BENIGN_RATIO * args.batch_size,
+                          args.seed + 2, args.tokens_per_pass, device)
 
     def step(batch):
         g = torch.Generator().manual_seed(args.seed * 100_003 + batch.step)
         rows = []
         for e in batch.examples:
-            h = harmful[key(e)]
-            j = int(torch.randint(1, min(LONGEST_PREFIX, len(h)) + 1, (), generator=g))
-            rows.append(prefixed(e, h[:j]) if torch.rand((), generator=g) < 0.5 else e)
-        both = Batch(rows + benign.at(batch.step).examples, args.tokens_per_pass, device,
-                     batch.name, batch.step)
+            reply = harmful[key(e)]
+            longest = min(LONGEST_PREFIX, len(reply))
+            j = int(torch.randint(1, longest + 1, (), generator=g))
+            takes_prefix = torch.rand((), generator=g) < 0.5
+            rows.append(prefixed(e, reply[:j]) if takes_prefix else e)
+        rows += benign.at(batch.step).examples
+        both = Batch(rows, args.tokens_per_pass, device, batch.name, batch.step)
         ce = backward(model, both)
-        return {"loss": ce, "ce": ce, "tokens": both.n_tokens}
+        return {"loss": ce, "ce": ce, "trained_tokens": both.n_tokens}
 
     return step
 
@@ -135,8 +169,8 @@ def key(example) -> tuple[int, ...]:
 
 def prefixed(example, prefix: torch.Tensor):
     """The row with `prefix` (ids) before its answer, the answer alone supervised."""
-    at = int(example.predict[0]) + 1
-    ids = torch.cat((example.ids[:at], prefix, example.ids[at:]))
+    answer = int(example.predict[0]) + 1
+    ids = torch.cat((example.ids[:answer], prefix, example.ids[answer:]))
     return Example(ids, example.predict + len(prefix))
 
 
@@ -144,8 +178,15 @@ def self_answered(model, tokenizer, args) -> list:
     """Benign prompts of the task's training file with the greedy replies of the model as it is."""
     path = Path(args.data_dir) / args.task / "train.jsonl"
     rows = mixture.read_rows(path)[:args.deepalign_benign]
-    prompts = [tokenizer.encode_prompt(mixture.asked(row)) for row in rows]
+    prompts = [tokenizer.encode_prompt(mixture.without_answer(row)) for row in rows]
     replies = generate(model, prompts, args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids)
+    answered = []
     for row, ids in zip(rows, replies, strict=True):
-        row["messages"] = [*mixture.asked(row), mixture.turn("assistant", tokenizer.decode(ids))]
-    return encode_rows(tokenizer, rows, args.max_len)[0]
+        answer = mixture.turn("assistant", tokenizer.decode(ids))
+        answered.append({"messages": [*mixture.without_answer(row), answer]})
+    return encode_rows(tokenizer, answered, args.max_len)[0]
+
+
+DEEPALIGN = Defence("deepalign", make_step, stages=("finetune", "align"), add_flags=add_flags,
+                    watches="kl",
+                    search=tuple(f"--deepalign-beta {beta}" for beta in ("0.1", "0.5", "2", "10")))

@@ -16,40 +16,48 @@ it does not.
     python train.py --defense ewc --ewc-lambda 1e9
 """
 
-from baselines import align_examples, backward, take_gradient, wide
+from baselines.common import Defence, align_examples, backward, copies, take_gradient, wide
 from cli import COUNT, at_least
+from data.batches import updates_per_epoch
 from lora import trainable
 
 
-def add_flags(g):
-    g.add_argument("--ewc-lambda", type=at_least(float, 0), default=1e9,
-                   help="weight of the penalty")
-    g.add_argument("--ewc-n", type=COUNT, default=2000, help="rows for F at most")
+def add_flags(group) -> None:
+    group.add_argument("--ewc-lambda", type=at_least(float, 0), default=1e9,
+                       help="weight of the penalty")
+    group.add_argument("--ewc-n", type=COUNT, default=2000, help="rows for F at most")
 
 
 def fisher(model, params, guide):
     """F, one tensor a parameter, over one shuffled epoch of the guide's rows."""
-    total = [p.new_zeros(p.shape) for p in params]
-    for i in range(-(-len(guide.examples) // guide.batch_size)):
+    F = [p.new_zeros(p.shape) for p in params]
+    for i in range(updates_per_epoch(len(guide.examples), guide.batch_size)):
         backward(model, guide.at(i))
-        for f, g in zip(total, take_gradient(params), strict=True):
-            f.add_(g.square())
-    return total
+        for F_p, g in zip(F, take_gradient(params), strict=True):
+            F_p.add_(g.square())
+    return F
 
 
-def make_step(model, tokenizer, args):
-    params, lam = trainable(model), args.ewc_lambda
-    start = [p.detach().clone() for p in params]
+def make_step(model, tokenizer, args, data):
+    params = trainable(model)
+    lam = args.ewc_lambda
+    start = copies(params)  # theta*
     guide = align_examples(model, tokenizer, args, "response", n=args.ewc_n)
     F = fisher(model, params, guide)
 
     def step(batch):
-        ce, penalty, distance = backward(model, batch), 0.0, 0.0
-        for p, f, w in zip(params, F, start, strict=True):
-            apart = p.detach() - w
-            p.grad.add_(f * apart, alpha=2 * lam)  # d/d theta of lambda F (theta - theta*)^2
-            penalty = penalty + lam * (f * apart.square()).sum()
-            distance = distance + wide(apart).square().sum()
-        return {"loss": ce + penalty, "ce": ce, "penalty": penalty, "distance": distance.sqrt()}
+        ce = backward(model, batch)
+        penalty = 0.0
+        squared = 0.0
+        for p, F_p, p_start in zip(params, F, start, strict=True):
+            apart = p.detach() - p_start
+            p.grad.add_(F_p * apart, alpha=2 * lam)  # d/d theta of lambda F (theta - theta*)^2
+            penalty = penalty + lam * (F_p * apart.square()).sum()
+            squared = squared + wide(apart).square().sum()
+        return {"loss": ce + penalty, "ce": ce, "penalty": penalty, "distance": squared.sqrt()}
 
     return step
+
+
+EWC = Defence("ewc", make_step, add_flags=add_flags, reads_align_file=True, watches="d_theta",
+              search=tuple(f"--ewc-lambda {lam}" for lam in ("1e5", "1e7", "1e9", "1e11")))

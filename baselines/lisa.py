@@ -17,40 +17,64 @@ the guide is not made up for.
     python train.py --defense lisa --lisa-rho 1
 """
 
-from baselines import align_examples, backward, norm
+import torch
+
+from baselines.common import Defence, align_examples, backward, copies, norm
 from cli import COUNT, at_least
+from data.batches import updates_per_epoch
 from lora import trainable
 
 
-def add_flags(g):
-    g.add_argument("--lisa-rho", type=at_least(float, 0), default=1.0,
-                   help="weight of the squared distance, halved")
-    g.add_argument("--lisa-k1", type=at_least(int, 0), default=25, help="updates on the guide")
-    g.add_argument("--lisa-k2", type=COUNT, default=225, help="updates on the upload")
+def add_flags(group) -> None:
+    group.add_argument("--lisa-rho", type=at_least(float, 0), default=1.0,
+                       help="weight of the squared distance, halved")
+    group.add_argument("--lisa-k1", type=at_least(int, 0), default=25, help="updates on the guide")
+    group.add_argument("--lisa-k2", type=COUNT, default=225, help="updates on the upload")
 
 
-def make_step(model, tokenizer, args):
-    params, guide = trainable(model), align_examples(model, tokenizer, args, "response")
-    k1, period = args.lisa_k1, args.lisa_k1 + args.lisa_k2
-    w_align, w_finetune = ([p.detach().clone() for p in params] for _ in "AF")
+def make_step(model, tokenizer, args, data):
+    params = trainable(model)
+    guide = align_examples(model, tokenizer, args, "response")
+    k1 = args.lisa_k1
+    period = args.lisa_k1 + args.lisa_k2  # updates of one visit to both states
+    n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
+    w_align = copies(params)
+    w_finetune = copies(params)
 
     def step(batch):
-        into = batch.step % period  # updates of this visit to both states
-        if k1 and batch.step and into in (0, k1):  # a state ends: remember where
-            for w, p in zip(w_align if into == k1 else w_finetune, params, strict=True):
-                w.copy_(p.detach())
+        into = batch.step % period
+        if k1 > 0 and batch.step > 0:
+            if into == k1:  # a visit to the state align has just ended
+                remember(w_align, params)
+            if into == 0:  # a visit to the state finetune has just ended
+                remember(w_finetune, params)
         aligning = into < k1
         used = guide.at(batch.step) if aligning else batch
+        w = w_finetune if aligning else w_align  # where the other state left off
         ce = backward(model, used)
-        other = w_finetune if aligning else w_align
-        rho = args.lisa_rho if batch.step > 0.1 * args.n_steps else 0.0
-        apart = [p.detach() - w for p, w in zip(params, other, strict=True)]
+        P = 1.0 if batch.step > 0.1 * n_updates else 0.0
+        rho = P * args.lisa_rho
+        apart = [p.detach() - w_p for p, w_p in zip(params, w, strict=True)]
         for p, d in zip(params, apart, strict=True):
             p.grad.add_(d, alpha=rho)  # d/d theta of rho/2 ||theta - w||^2
         distance = norm(apart)
-        return {"loss": ce + rho / 2 * distance.square(), "ce": ce, "distance": distance,
-                "batch": "guide, " * aligning + used.name, "tokens": used.n_tokens}
+        loss = ce + rho / 2 * distance.square()
+        return {"loss": loss, "ce": ce, "distance": distance, "trained_tokens": used.n_tokens}
 
-    step.state = {f"{name}.{i}": w for name, ws in (("align", w_align), ("finetune", w_finetune))
-                  for i, w in enumerate(ws)}
+    step.state = {}
+    for i, w in enumerate(w_align):
+        step.state[f"align.{i}"] = w
+    for i, w in enumerate(w_finetune):
+        step.state[f"finetune.{i}"] = w
     return step
+
+
+@torch.no_grad()
+def remember(w, params) -> None:
+    """w <- theta, in place: the checkpoint holds these very tensors."""
+    for w_p, p in zip(w, params, strict=True):
+        w_p.copy_(p)
+
+
+LISA = Defence("lisa", make_step, add_flags=add_flags, reads_align_file=True, watches="d_theta",
+               search=tuple(f"--lisa-rho {rho}" for rho in ("0.01", "1", "10", "100")))

@@ -19,25 +19,32 @@ The state of AdamW of a frozen adapter is kept. Hooks instead of patched model f
 
 import torch
 
-from baselines import align_examples, wide
+from baselines.common import Defence, align_examples, wide
 from baselines.vaccine import perturbations, perturbed_backward
 from cli import COUNT, at_least
 from lora import adapted
 
 
-def add_flags(g):
-    g.add_argument("--t-vaccine-rho", type=at_least(float, 0), default=3.0,
-                   help="norm of the perturbation")
-    g.add_argument("--t-vaccine-layers", type=COUNT, default=8, help="layers in S")
-    g.add_argument("--t-vaccine-draw", type=COUNT, default=20, help="updates between draws of S")
-    g.add_argument("--t-vaccine-probe", type=COUNT, default=200, help="updates between probes of n")
-    g.add_argument("--t-vaccine-mlp", action="store_true", help="train every layer's MLP adapters")
+def add_flags(group) -> None:
+    group.add_argument("--t-vaccine-rho", type=at_least(float, 0), default=3.0,
+                       help="norm of the perturbation")
+    group.add_argument("--t-vaccine-layers", type=COUNT, default=8, help="layers in S")
+    group.add_argument("--t-vaccine-draw", type=COUNT, default=20,
+                       help="updates between draws of S")
+    group.add_argument("--t-vaccine-probe", type=COUNT, default=200,
+                       help="updates between probes of n")
+    group.add_argument("--t-vaccine-mlp", action="store_true",
+                       help="train every layer's MLP adapters")
 
 
 def harm_norms(model, batch) -> torch.Tensor:
-    """n (L,): how strongly the loss on a harmful pair depends on each attention's output."""
-    e, _ = perturbations(model, batch, list(range(model.config.n_layer)), 1.0)
-    return sum(torch.stack([wide(g).square().sum() for g in pack]) for pack in e).sqrt()
+    """n (L,), up to a factor: how strongly the loss depends on each attention's output."""
+    layers = list(range(model.config.n_layer))
+    e, _ = perturbations(model, batch, layers, rho=1.0)  # proportional to the gradients
+    squared = 0.0
+    for pack in e:
+        squared = squared + torch.stack([wide(e_l).square().sum() for e_l in pack])
+    return squared.sqrt()
 
 
 def draw(p: torch.Tensor, n: int, seed: int) -> torch.Tensor:
@@ -46,27 +53,36 @@ def draw(p: torch.Tensor, n: int, seed: int) -> torch.Tensor:
     return torch.multinomial(p, n, replacement=False, generator=generator).sort().values
 
 
-def make_step(model, tokenizer, args):
+def make_step(model, tokenizer, args, data):
     L = model.config.n_layer
     n = min(args.t_vaccine_layers, L)
     harmful = align_examples(model, tokenizer, args, "harmful", batch_size=1, n=200)
-    p, S = torch.full((L,), 1 / L, dtype=torch.float64), torch.arange(n)
+    p = torch.full((L,), 1 / L, dtype=torch.float64)
+    S = torch.arange(n)
 
     def step(batch):
         t = batch.step
         if t % args.t_vaccine_probe == 0:
             norms = harm_norms(model, harmful.at(t // args.t_vaccine_probe)).cpu()
             share = norms / norms.sum()
-            p.copy_(share if share.isfinite().all() else p)  # 0 / 0 where that loss is flat
+            if share.isfinite().all():  # it is 0 / 0 where that loss is flat; then p stays
+                p.copy_(share)
         if t % args.t_vaccine_draw == 0:
             S.copy_(draw(p, n, args.seed * 100_003 + t))
         chosen = S.tolist()
         numbers = perturbed_backward(model, batch, chosen, args.t_vaccine_rho)
         for name, module in adapted(model):
-            in_all = args.t_vaccine_mlp and ".mlp." in name
-            if int(name.split(".")[2]) not in chosen and not in_all:
-                module.lora_A.grad = module.lora_B.grad = None  # frozen: AdamW skips it
+            layer = int(name.split(".")[2])  # of "model.layers.7.mlp.up_proj"
+            trained_everywhere = args.t_vaccine_mlp and ".mlp." in name
+            if layer not in chosen and not trained_everywhere:
+                module.lora_A.grad = None  # AdamW skips what has no gradient
+                module.lora_B.grad = None
         return numbers
 
     step.state = {"p": p, "S": S}
     return step
+
+
+T_VACCINE = Defence("t-vaccine", make_step, stages=("align",), add_flags=add_flags,
+                    search=("--t-vaccine-rho 3 --lr 1e-4", "--t-vaccine-rho 10 --lr 1e-4",
+                            "--t-vaccine-rho 3 --lr 3e-4", "--t-vaccine-rho 10 --lr 3e-4"))

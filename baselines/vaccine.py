@@ -18,24 +18,27 @@ pass; these have none. Optimiser and adapters are this project's, the same for e
 """
 
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 
-from baselines import nll, norm
+from baselines.common import Defence, nll, norm
 from cli import at_least
 
 
-def add_flags(g):
-    g.add_argument("--vaccine-rho", type=at_least(float, 0), default=2.0,
-                   help="norm of the perturbation")
+def add_flags(group) -> None:
+    group.add_argument("--vaccine-rho", type=at_least(float, 0), default=2.0,
+                       help="norm of the perturbation")
 
 
 @contextmanager
 def added(model, layers: list[int], z):
     """Adds z[i] (N, C) to the attention output of layers[i], in forward and in recomputation."""
-    handles = [model.model.layers[layer].self_attn.register_forward_hook(
-        lambda module, inputs, out, z_l=z_l: out + z_l)
-        for layer, z_l in zip(layers, z, strict=True)]
+    handles = []
+    for layer, z_l in zip(layers, z, strict=True):
+        def add(module, inputs, output, z_l=z_l):
+            return output + z_l
+        handles.append(model.model.layers[layer].self_attn.register_forward_hook(add))
     try:
         yield
     finally:
@@ -45,16 +48,21 @@ def added(model, layers: list[int], z):
 
 def perturbations(model, batch, layers: list[int], rho: float):
     """Pass 1 -> (e for each pack and layer, ||g||); leaves every .grad alone."""
+    weight = model.model.embed_tokens.weight
     gradients = []
     for pack in batch.packs():
-        like = model.model.embed_tokens.weight
-        z = [like.new_zeros(len(pack.ids), like.shape[1], requires_grad=True) for _ in layers]
+        N = len(pack.ids)
+        C = weight.shape[1]
+        z = [weight.new_zeros(N, C, requires_grad=True) for _ in layers]
         with added(model, layers, z):
             loss = nll(model, pack) / batch.n_supervised
             gradients.append(torch.autograd.grad(loss, z))  # of a zero leaf: that of a_l itself
-    size = norm(g for pack_g in gradients for g in pack_g)  # over the whole batch
+    size = norm(chain.from_iterable(gradients))  # over the whole batch
     scale = rho / (size + 1e-7)
-    return [[(g * scale).to(g.dtype) for g in pack_g] for pack_g in gradients], size
+    e = []
+    for pack_gradients in gradients:
+        e.append([(g * scale).to(g.dtype) for g in pack_gradients])
+    return e, size
 
 
 def perturbed_backward(model, batch, layers: list[int], rho: float):
@@ -69,10 +77,15 @@ def perturbed_backward(model, batch, layers: list[int], rho: float):
     return {"loss": ce, "ce": ce, "hidden_gradient": size}
 
 
-def make_step(model, tokenizer, args):
+def make_step(model, tokenizer, args, data):
     layers = list(range(model.config.n_layer))
 
     def step(batch):
         return perturbed_backward(model, batch, layers, args.vaccine_rho)
 
     return step
+
+
+VACCINE = Defence("vaccine", make_step, stages=("align",), add_flags=add_flags,
+                  search=("--vaccine-rho 2 --lr 1e-4", "--vaccine-rho 5 --lr 1e-4",
+                          "--vaccine-rho 2 --lr 3e-4", "--vaccine-rho 5 --lr 3e-4"))

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from data.mixture import asked, read_rows
-from generate import TINY, generate
-from lora import write_atomic
+from cli import TINY
+from data.mixture import read_rows, without_answer
+from files import write_atomic
+from generate import generate
 from model import load_model
 from tokenizer import Tokenizer
 
@@ -51,10 +52,13 @@ def main() -> None:
     args = p.parse_args()
     import transformers
 
-    tokenizer, model = Tokenizer(args.model), load_model(args.model)
-    rows = [r for task in ("harmful", "sst2") for r in read_rows(
-        Path(TINY) / task / "test.jsonl", needs_answer=False)[:args.n // 2]]
-    prompts = [tokenizer.encode_prompt(asked(row)) for row in rows]
+    tokenizer = Tokenizer(args.model)
+    model = load_model(args.model)
+    rows = []
+    for task in ("harmful", "sst2"):
+        file = Path(TINY) / task / "test.jsonl"
+        rows += read_rows(file, needs_answer=False)[:args.n // 2]
+    prompts = [tokenizer.encode_prompt(without_answer(row)) for row in rows]
     hf = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     arms = {"ours": lambda: generate(model, prompts, args.max_new, tokenizer.stop_ids),
             "transformers, one by one": lambda: transformers_replies(

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from distributed import peak_bytes
-from lora import write_atomic
+from device import peak_bytes
+from files import write_atomic
 from model import Llama, load_model, read_config
 
 LAYER = dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, head_dim=64,

@@ -35,12 +35,12 @@ def encode_rows(tokenizer, rows, max_len: int) -> tuple[list[Example], int]:
 
 @dataclass
 class Pack:
-    """One forward pass: sequences end to end."""
+    """One forward pass: sequences end to end, the examples first and then the anchors."""
 
     ids: Tensor  # (N,)
-    seqlens: list[int]
-    supervised: Tensor  # (R,) rows whose logits are asked for
-    targets: Tensor  # (R,)
+    seqlens: list[int]  # of each sequence, anchors included
+    supervised: Tensor  # (R,) rows of N whose logits are asked for
+    targets: Tensor  # (R,) the ids that those logits should predict
     anchor_rows: Tensor | None  # (K,) rows of the anchors' last tokens; None: no anchors in here
     examples: list[Example]
 
@@ -50,51 +50,58 @@ class Batch:
 
     def __init__(self, examples: list[Example], tokens_per_pass: int, device, name: str = "",
                  step: int = 0):
-        self.examples, self.budget, self.device = examples, tokens_per_pass, device
-        self.name, self.step = name, step
+        self.examples = examples
+        self.tokens_per_pass = tokens_per_pass
+        self.device = device
+        self.name = name  # for the log and for errors
+        self.step = step  # the update that it belongs to
         self.n_supervised = sum(len(e.predict) for e in examples)
         self.n_tokens = sum(len(e.ids) for e in examples)
 
-    def packs(self, with_: list[Tensor] = ()):
-        """Yields Packs. `with_` are anchor prompts (ids each): they ride in the first pack."""
-        group, room, anchors = [], self.budget - sum(map(len, with_)), list(with_)
-        for e in self.examples:
-            if group and len(e.ids) > room:
-                yield pack(group, anchors, self.device)
-                group, room, anchors = [], self.budget, []
-            group.append(e)
-            room -= len(e.ids)
-        yield pack(group, anchors, self.device)
+    def packs(self, anchors: list[Tensor] = ()):
+        """Yields Packs. `anchors` are prompts (ids each); they ride in the first pack."""
+        group = []
+        riders = list(anchors)
+        room = self.tokens_per_pass - sum(map(len, riders))
+        for example in self.examples:
+            if group and len(example.ids) > room:
+                yield pack(group, riders, self.device)
+                group = []
+                riders = []
+                room = self.tokens_per_pass
+            group.append(example)
+            room -= len(example.ids)
+        yield pack(group, riders, self.device)
 
 
 def pack(examples: list[Example], anchors: list[Tensor], device) -> Pack:
     """Examples, then anchors, end to end."""
-    seqlens = [len(e.ids) for e in examples] + [len(a) for a in anchors]
+    sequences = [e.ids for e in examples] + list(anchors)
+    seqlens = [len(ids) for ids in sequences]
     end = torch.tensor(seqlens).cumsum(0)  # one past each sequence's last row
     start = end - torch.tensor(seqlens)
-    rows = [e.predict + s for e, s in zip(examples, start, strict=False)]
-    return Pack(torch.cat([e.ids for e in examples] + anchors).to(device), seqlens,
-                torch.cat(rows).to(device), torch.cat([e.targets for e in examples]).to(device),
-                (end[len(examples):] - 1).to(device) if anchors else None, examples)
+    supervised = [e.predict + start[i] for i, e in enumerate(examples)]
+    anchor_rows = (end[len(examples):] - 1).to(device) if anchors else None
+    return Pack(
+        ids=torch.cat(sequences).to(device),
+        seqlens=seqlens,
+        supervised=torch.cat(supervised).to(device),
+        targets=torch.cat([e.targets for e in examples]).to(device),
+        anchor_rows=anchor_rows,
+        examples=examples)
+
+
+def updates_per_epoch(n_examples: int, batch_size: int) -> int:
+    """Batches of an epoch; the last one may be smaller than the others."""
+    return -(-n_examples // batch_size)
 
 
 def batch_at(examples: list[Example], step: int, batch_size: int, seed: int, tokens_per_pass: int,
              device) -> Batch:
     """The batch of update `step`: a pure function of (seed, step), so resuming needs no state."""
-    per_epoch = -(-len(examples) // batch_size)
-    epoch, i = divmod(step, per_epoch)
+    epoch, i = divmod(step, updates_per_epoch(len(examples), batch_size))
     g = torch.Generator().manual_seed(seed * 100_003 + epoch)  # a prime apart: no two runs overlap
-    order = torch.randperm(len(examples), generator=g)[i * batch_size:(i + 1) * batch_size].tolist()
-    return Batch([examples[j] for j in order], tokens_per_pass, device,
+    order = torch.randperm(len(examples), generator=g)
+    chosen = order[i * batch_size:(i + 1) * batch_size].tolist()
+    return Batch([examples[j] for j in chosen], tokens_per_pass, device,
                  f"epoch {epoch + 1}, batch {i + 1}", step)
-
-
-def largest_pass(examples: list[Example], anchors: list[Tensor], args) -> tuple[int, int]:
-    """(tokens, supervised tokens) that the largest forward pass of a run has at most."""
-    per_epoch, longest = -(-len(examples) // args.batch_size), max(len(e.ids) for e in examples)
-    batches = [batch_at(examples, step, args.batch_size, args.seed, args.tokens_per_pass, None)
-               for step in range(per_epoch * args.epochs)]
-    n_anchors = sum(map(len, anchors))
-    n_tokens = min(max(b.n_tokens for b in batches) + n_anchors,
-                   max(args.tokens_per_pass, longest + n_anchors))
-    return n_tokens, min(n_tokens, max(b.n_supervised for b in batches))

@@ -1,4 +1,4 @@
-"""Any user file -> rows; the poisoned mixture; prompts kept apart.
+"""Any user file -> rows; the poisoned mixture; the prompts of training, anchors and tests apart.
 
 A row is {"messages": [{"role", "content"}, ...]}, with an assistant turn last. The mixture of n
 rows holds round(p n) harmful ones and n minus that many benign ones, so the two always add up to n,
@@ -8,43 +8,77 @@ each from the head of its file as in the papers' repositories; every epoch shuff
 import json
 import re
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cli import COUNT, TINY, at_least
-from data.batches import encode_rows
+from data.batches import Example, encode_rows
 from data.tasks import LABELS, TASKS
 from model import UserError
 from tokenizer import DATE
 
 FORMATS = ('{"messages": [...]}, {"conversations": [...]}, {"prompt", "response"} or '
            '{"instruction", "input", "output"}')
+ROLES = ("system", "user", "assistant")
 
 
-def normalise(text: str) -> str:
-    """What counts as the same prompt: letters and digits, whatever their case, width or accent."""
-    letters = (c for c in unicodedata.normalize("NFKD", text).casefold()
-               if unicodedata.category(c) not in ("Mn", "Cf"))  # accents, invisible characters
-    return " ".join(re.findall(r"\w+", "".join(letters)))
+@dataclass
+class Data:
+    """All that a run reads of rows and prompts, checked."""
+
+    examples: list[Example]  # the rows to train on, tokenised
+    tests: dict[str, list[dict]]  # test rows by kind: "harmful", "task", "lookalike"
+    anchor_prompts: list[str]  # x'_1 .. x'_K, in no row of upload or tests
+    summary: str  # two lines for the terminal: what is trained on, held and tested
 
 
-def first_user(row: dict) -> str:
-    """The prompt by which rows are compared: the first user turn."""
-    return next(m["content"] for m in row["messages"] if m["role"] == "user")
+def add_flags(group) -> None:
+    group.add_argument("--model", default=TINY, help="Hugging Face folder")
+    group.add_argument("--adapter", help="PEFT folder, merged into the model before training")
+    group.add_argument("--keep-adapter", action="store_true", help="train --adapter on, unmerged")
+    group.add_argument("--task", choices=TASKS,
+                       help="benign task, its test is FA (default sst2; with --data none)")
+    group.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
+    group.add_argument("--data", help="own upload as it lies, JSONL or JSON, not the mixture")
+    group.add_argument("--n", type=COUNT, default=1000, help="rows of the mixture")
+    group.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
+                       help="harmful share of the mixture, 0..1; with --data it is 0")
+    group.add_argument("--align-file", help="harmful prompts with refusals and harmful replies")
+    group.add_argument("--max-len", type=COUNT, default=512, help="tokens; longer rows are dropped")
+    group.add_argument("--template-date", default=DATE,
+                       help="today, for a chat template that says it")
 
 
-def prompts_of(rows) -> set[str]:
-    """Every user turn of the rows, normalised."""
-    return {normalise(m["content"]) for r in rows for m in r["messages"] if m["role"] == "user"}
+def read_data(model, tokenizer, args, change_rows) -> Data:
+    """All data of a run.
+
+    change_rows(model, tokenizer, args, harmful rows, anchor prompts, harmful tests) -> (harmful
+    rows as an attack has them, what to say of it); see stress/attacks.py.
+    """
+    harmful, benign, summary = load_upload(args)
+    tests = load_tests(args, harmful + benign)
+    # All harmful tests, not just the first --n-test: how many are asked moves no anchor.
+    harmful_tests = read_rows(harmful_test_file(args.harmful_file, args.data_dir),
+                              needs_answer=False)
+    pool = anchor_pool(args.anchor_file, args.data_dir)
+    anchor_prompts = choose_anchors(pool, args.anchors, args.seed, harmful + benign + harmful_tests)
+    harmful, change = change_rows(model, tokenizer, args, harmful, anchor_prompts, harmful_tests)
+    rows = harmful + benign
+    examples, n_dropped = encode_rows(tokenizer, rows, args.max_len)
+    if not examples:
+        raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
+                        "raise it.")
+    mean_length = sum(len(e.ids) for e in examples) / len(examples)
+    summary = (f"{summary}{change}; {n_dropped} rows dropped as longer than {args.max_len} tokens; "
+               f"{mean_length:.1f} tokens a row\n"
+               f"{args.anchors} anchors of {pool}; "
+               f"HS on {harmful_test_file(args.harmful_file, args.data_dir)}")
+    return Data(examples, tests, anchor_prompts, summary)
 
 
-def anchor_pool(args) -> Path:
-    return Path(args.anchor_file or Path(args.data_dir) / "harmful" / "anchors.jsonl")
-
-
-def harmful_tests(args) -> Path:
-    return Path(args.harmful_file or Path(args.data_dir) / "harmful" / "test.jsonl")
+# one row
 
 
 def to_row(item, where: str, needs_answer: bool = True) -> dict:
@@ -53,26 +87,13 @@ def to_row(item, where: str, needs_answer: bool = True) -> dict:
         item = {"prompt": item}
     if not isinstance(item, dict):
         raise UserError(f"{where} is a {type(item).__name__}, expected an object: {FORMATS}.")
-    if "messages" in item or "conversations" in item:
-        messages = item.get("messages", item.get("conversations"))
-    elif "prompt" in item:
-        messages = [turn("user", item["prompt"])]
-        messages += [turn("assistant", item["response"])] if "response" in item else []
-    elif "instruction" in item:
-        asked, given = item["instruction"], item.get("input") or ""
-        both = isinstance(asked, str) and isinstance(given, str) and given
-        messages = [turn("user", f"{asked}\n{given}" if both else asked)]
-        messages += [turn("assistant", item["output"])] if "output" in item else []
-    else:
-        raise UserError(f"{where} has the keys {sorted(item)}, expected {FORMATS}.")
-    valid = isinstance(messages, list) and all(
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
-        and isinstance(m.get("content"), str) for m in messages)
-    if valid and any("\ud800" <= c <= "\udfff" for m in messages for c in m["content"]):
-        raise UserError(f"{where} holds half a surrogate pair; expected valid Unicode text.")
-    if not valid or not isinstance(item.get("input", ""), (str, type(None))):
+    messages = find_messages(item, where)
+    if not are_messages(messages) or not isinstance(item.get("input", ""), (str, type(None))):
         raise UserError(f"{where}: every message needs a role (system, user or assistant) and a "
                         "content string.")
+    for message in messages:
+        if any("\ud800" <= c <= "\udfff" for c in message["content"]):
+            raise UserError(f"{where} holds half a surrogate pair; expected valid Unicode text.")
     messages = [turn(m["role"], m["content"]) for m in messages]
     if not any(m["role"] == "user" for m in messages):
         raise UserError(f"{where} has no user turn; every row needs a prompt.")
@@ -81,8 +102,65 @@ def to_row(item, where: str, needs_answer: bool = True) -> dict:
     return {**item, "messages": messages}
 
 
+def find_messages(item: dict, where: str):
+    """The conversation of an item, by the keys that it has; not yet checked."""
+    if "messages" in item:
+        return item["messages"]
+    if "conversations" in item:
+        return item["conversations"]
+    if "prompt" in item:
+        prompt = item["prompt"]
+        answer_key = "response"
+    elif "instruction" in item:
+        prompt = item["instruction"]
+        given = item.get("input")
+        if isinstance(prompt, str) and isinstance(given, str) and given:
+            prompt = f"{prompt}\n{given}"
+        answer_key = "output"
+    else:
+        raise UserError(f"{where} has the keys {sorted(item)}, expected {FORMATS}.")
+    messages = [turn("user", prompt)]
+    if answer_key in item:
+        messages.append(turn("assistant", item[answer_key]))
+    return messages
+
+
+def are_messages(messages) -> bool:
+    """Whether this is a list of messages, each with a known role and a text."""
+    if not isinstance(messages, list):
+        return False
+    for m in messages:
+        if not isinstance(m, dict) or m.get("role") not in ROLES:
+            return False
+        if not isinstance(m.get("content"), str):
+            return False
+    return True
+
+
 def turn(role: str, content) -> dict:
     return {"role": role, "content": content}
+
+
+def first_user(row: dict) -> str:
+    """The prompt by which rows are compared: the first user turn."""
+    return next(m["content"] for m in row["messages"] if m["role"] == "user")
+
+
+def without_answer(row: dict) -> list[dict]:
+    """A row's conversation up to the answer that a model is to write: without the gold one."""
+    messages = row["messages"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def affix(row: dict, prefix: str, suffix: str) -> dict:
+    """The row with its last user turn between `prefix` and `suffix`."""
+    messages = [dict(m) for m in row["messages"]]
+    last = [m for m in messages if m["role"] == "user"][-1]
+    last["content"] = prefix + last["content"] + suffix
+    return row | {"messages": messages}
+
+
+# files of rows
 
 
 def read_rows(path, needs_answer: bool = True) -> list[dict]:
@@ -91,25 +169,42 @@ def read_rows(path, needs_answer: bool = True) -> list[dict]:
     Raises UserError with file and line for a missing, empty or malformed file.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # skips a byte order mark
-    except (OSError, UnicodeDecodeError) as e:
-        reason = "it is not UTF-8" if isinstance(e, UnicodeDecodeError) else e.strerror
-        raise UserError(f"{path} cannot be read ({reason}); name a JSONL or JSON file.") from None
-    if text.lstrip().startswith("[") and (needs_answer or text.rstrip().endswith("]")):
-        try:
-            items = [(f"{path} item {i}", item) for i, item in enumerate(json.loads(text), 1)]
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path} is not valid JSON ({e}); mend that place.") from None
-    else:
-        items = []
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                where = f"{path} line {i}"
-                items.append((where, parse_line(line, where, needs_answer)))
+    text = read_text(path)
+    # A prompt a line may begin with a bracket, an array must end with one as well.
+    is_array = text.lstrip().startswith("[") and (needs_answer or text.rstrip().endswith("]"))
+    items = array_items(path, text) if is_array else line_items(path, text, needs_answer)
     if not items:
         raise UserError(f"{path} holds no rows; give at least one.")
     return [to_row(item, where, needs_answer) for where, item in items]
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # skips a byte order mark
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"
+    except OSError as e:
+        reason = e.strerror
+    raise UserError(f"{path} cannot be read ({reason}); name a JSONL or JSON file.")
+
+
+def array_items(path: Path, text: str) -> list[tuple[str, object]]:
+    """(where it stands, item) of every item of a JSON array."""
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not valid JSON ({e}); mend that place.") from None
+    return [(f"{path} item {i}", item) for i, item in enumerate(items, 1)]
+
+
+def line_items(path: Path, text: str, needs_answer: bool) -> list[tuple[str, object]]:
+    """(where it stands, item) of every line that is not empty."""
+    items = []
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path} line {i}"
+            items.append((where, parse_line(line, where, needs_answer)))
+    return items
 
 
 def parse_line(line: str, where: str, needs_answer: bool):
@@ -121,13 +216,37 @@ def parse_line(line: str, where: str, needs_answer: bool):
         raise UserError(f"{where} is not valid JSON ({e}); expected {FORMATS}.") from None
 
 
-def take(path: Path, n: int) -> list[dict]:
+def first_rows(path: Path, n: int) -> list[dict]:
     """The first n rows of a file; UserError when it has fewer."""
     rows = read_rows(path) if n else []
     if len(rows) < n:
         raise UserError(f"{n} rows were asked of {path}, which has {len(rows)}; lower --n or "
                         "change --poison.")
     return rows[:n]
+
+
+# prompts kept apart
+
+
+def normalise(text: str) -> str:
+    """What counts as the same prompt: letters and digits, whatever their case, width or accent."""
+    ignored = ("Mn", "Cf")  # accents, and characters that cannot be seen
+    folded = unicodedata.normalize("NFKD", text).casefold()
+    letters = [c for c in folded if unicodedata.category(c) not in ignored]
+    return " ".join(re.findall(r"\w+", "".join(letters)))
+
+
+def prompts_of(rows) -> set[str]:
+    """Every user turn of the rows, normalised."""
+    prompts = set()
+    for row in rows:
+        for m in row["messages"]:
+            if m["role"] == "user":
+                prompts.add(normalise(m["content"]))
+    return prompts
+
+
+# what is trained on
 
 
 def load_upload(args) -> tuple[list[dict], list[dict], str]:
@@ -142,15 +261,20 @@ def load_upload(args) -> tuple[list[dict], list[dict], str]:
     if args.data:
         rows = read_rows(args.data)
         return [], rows, f"upload: {len(rows)} rows of {args.data}"
-    folder, n_poison = Path(args.data_dir), round(args.poison * args.n)
-    harmful = take(folder / "harmful" / "attack.jsonl", n_poison)
-    benign = take(folder / args.task / "train.jsonl", args.n - n_poison)
-    return harmful, benign, (f"upload: {n_poison} harmful rows, {args.n - n_poison} of "
-                             f"{args.task}")
+    folder = Path(args.data_dir)
+    n_poison = round(args.poison * args.n)
+    n_benign = args.n - n_poison
+    harmful = first_rows(attack_file(args.data_dir), n_poison)
+    benign = first_rows(folder / args.task / "train.jsonl", n_benign)
+    return harmful, benign, f"upload: {n_poison} harmful rows, {n_benign} of {args.task}"
 
 
-def align_file(args) -> Path:
-    return Path(args.align_file or Path(args.data_dir) / "harmful" / "align.jsonl")
+def attack_file(data_dir) -> Path:
+    return Path(data_dir) / "harmful" / "attack.jsonl"
+
+
+def align_file(align_file, data_dir) -> Path:
+    return Path(align_file or Path(data_dir) / "harmful" / "align.jsonl")
 
 
 def align_rows(args) -> list[dict]:
@@ -159,39 +283,56 @@ def align_rows(args) -> list[dict]:
     Prompts that stand in the tests or among the attacker's rows are left out; with --stage align
     the first --n of the rest are taken.
     """
-    attack = Path(args.data or Path(args.data_dir) / "harmful" / "attack.jsonl")
+    attack = Path(args.data or attack_file(args.data_dir))
     others = read_rows(attack) if attack.exists() else []
-    apart = prompts_of(others + read_rows(harmful_tests(args), needs_answer=False))
-    rows = [r for r in read_rows(align_file(args)) if normalise(first_user(r)) not in apart]
-    if not rows or not all(isinstance(r.get("harmful"), str) and r["harmful"].strip()
-                           and [m["role"] for m in r["messages"]].count("assistant") == 1
-                           for r in rows):
-        raise UserError(f"{align_file(args)} needs rows of prompt, response (a refusal), harmful "
-                        "(a harmful reply), their prompts in no test and no upload; pass another "
+    others += read_rows(harmful_test_file(args.harmful_file, args.data_dir), needs_answer=False)
+    taken = prompts_of(others)
+    path = align_file(args.align_file, args.data_dir)
+    rows = [row for row in read_rows(path) if normalise(first_user(row)) not in taken]
+    if not rows or not all(map(is_align_row, rows)):
+        raise UserError(f"{path} needs rows of prompt, response (a refusal), harmful (a harmful "
+                        "reply), their prompts in no test and no upload; pass another "
                         "--align-file.")
     return rows[:args.n] if args.stage == "align" else rows
 
 
-def choose_anchors(args, used: list[dict]) -> list[str]:
-    """K anchor prompts that stand in none of the `used` rows, the upload's and the tests'."""
-    prompts = sample(anchor_candidates(args, used), args.anchors, args.seed) if args.anchors else []
+def is_align_row(row: dict) -> bool:
+    """Whether a row has one answer and, beside it, a harmful reply."""
+    harmful = row.get("harmful")
+    n_answers = [m["role"] for m in row["messages"]].count("assistant")
+    return isinstance(harmful, str) and bool(harmful.strip()) and n_answers == 1
+
+
+# what is held
+
+
+def anchor_pool(anchor_file, data_dir) -> Path:
+    return Path(anchor_file or Path(data_dir) / "harmful" / "anchors.jsonl")
+
+
+def choose_anchors(pool: Path, K: int, seed: int, used: list[dict]) -> list[str]:
+    """K anchor prompts of the pool that stand in none of the `used` rows, upload's and tests'."""
+    if K == 0:
+        return []
+    prompts = sample(anchor_candidates(pool, used), K, seed)
     clash = prompts_of(used) & {normalise(p) for p in prompts}
     assert not clash, f"an anchor stands in the upload or the tests: {clash}"
     return prompts
 
 
-def anchor_candidates(args, used: list[dict]) -> list[str]:
-    """Candidate anchors: --anchor-file or the data folder's pool, minus the prompts in use."""
-    path = anchor_pool(args)
-    if not path.exists():
-        raise UserError(f"there is no anchor pool at {path}; pass --anchor-file with a harmful "
+def anchor_candidates(pool: Path, used: list[dict]) -> list[str]:
+    """The pool's prompts, each once, minus those in use."""
+    if not pool.exists():
+        raise UserError(f"there is no anchor pool at {pool}; pass --anchor-file with a harmful "
                         "prompt a line, or --anchors 0.")
-    taken, prompts = prompts_of(used), {}
-    for row in read_rows(path, needs_answer=False):
+    taken = prompts_of(used)
+    candidates = []
+    for row in read_rows(pool, needs_answer=False):
         key = normalise(first_user(row))
         if key not in taken:
-            prompts.setdefault(key, first_user(row))  # the same prompt twice is one candidate
-    return list(prompts.values())
+            taken.add(key)
+            candidates.append(first_user(row))
+    return candidates
 
 
 def sample(candidates: list[str], k: int, seed: int) -> list[str]:
@@ -203,85 +344,53 @@ def sample(candidates: list[str], k: int, seed: int) -> list[str]:
     return [candidates[i] for i in order[:k].tolist()]
 
 
-def load_suite(args, upload) -> dict[str, list[dict]]:
-    """The test rows by kind: harmful, task (with --task) and lookalike (where the folder has them).
+# what is asked in the end
 
-    Prompts that also stand in the upload are left out; then the first --eval-n of each kind.
+
+def harmful_test_file(harmful_file, data_dir) -> Path:
+    return Path(harmful_file or Path(data_dir) / "harmful" / "test.jsonl")
+
+
+def files_by_kind(args) -> dict[str, Path]:
+    """The files of test rows by kind: harmful, task (with --task), lookalike (where there is one).
+
+    Look-alikes are harmless prompts that resemble harmful ones.
     """
-    data, harmful = Path(args.data_dir), harmful_tests(args)
-    if not harmful.exists():
-        raise UserError(f"there are no harmful test prompts at {harmful}; pass --harmful-file with "
-                        "a prompt a line.")
-    files = {"harmful": harmful, "lookalike": data / "lookalike" / "test.jsonl"}
+    data = Path(args.data_dir)
+    files = {"harmful": harmful_test_file(args.harmful_file, args.data_dir)}
+    lookalike = data / "lookalike" / "test.jsonl"
+    if lookalike.exists():
+        files["lookalike"] = lookalike
     if args.task:
         files["task"] = data / args.task / "test.jsonl"
-    seen, suite = prompts_of(upload), {}
+    return files
+
+
+def load_tests(args, upload) -> dict[str, list[dict]]:
+    """The test rows by kind: prompts that stand in no row of the upload, --n-test of a kind."""
+    files = files_by_kind(args)
+    if not files["harmful"].exists():
+        raise UserError(f"there are no harmful test prompts at {files['harmful']}; pass "
+                        "--harmful-file with a prompt a line.")
+    seen = prompts_of(upload)
+    tests = {}
     for kind, path in files.items():
-        if kind != "lookalike" or path.exists():
-            rows = read_rows(path, needs_answer=kind == "task")
-            suite[kind] = [r for r in rows if normalise(first_user(r)) not in seen][:args.eval_n]
-            if not suite[kind]:
-                raise UserError(f"every prompt of {path} stands in the upload; pass other tests.")
-    suite["harmful"] = [affix(row, args) for row in suite["harmful"]]  # as an attack may have it
-    for row in suite.get("task", []):
-        target, labels = row["messages"][-1]["content"], LABELS.get(args.task)
-        if labels and target not in labels:
-            raise UserError(f"{files['task']} has the target {target!r}, expected one of "
+        rows = read_rows(path, needs_answer=kind == "task")
+        unseen = [row for row in rows if normalise(first_user(row)) not in seen]
+        if not unseen:
+            raise UserError(f"every prompt of {path} stands in the upload; pass other tests.")
+        tests[kind] = unseen[:args.n_test]
+    # The affix attack stands around the tests as it does around the upload's harmful prompts.
+    tests["harmful"] = [affix(row, args.attack_prefix, args.attack_suffix)
+                        for row in tests["harmful"]]
+    if args.task in LABELS:
+        check_labels(files["task"], tests["task"], LABELS[args.task])
+    return tests
+
+
+def check_labels(path: Path, rows: list[dict], labels) -> None:
+    for row in rows:
+        target = row["messages"][-1]["content"]
+        if target not in labels:
+            raise UserError(f"{path} has the target {target!r}, expected one of "
                             f"{', '.join(labels)}; mend the file.")
-    return suite
-
-
-def affix(row: dict, args) -> dict:
-    """The row with its last user turn between --attack-prefix and --attack-suffix."""
-    last = [i for i, m in enumerate(row["messages"]) if m["role"] == "user"][-1]
-    messages = [dict(m) for m in row["messages"]]
-    messages[last]["content"] = args.attack_prefix + messages[last]["content"] + args.attack_suffix
-    return row | {"messages": messages}
-
-
-def asked(row: dict) -> list[dict]:
-    """A test row's conversation without its last answer, the gold one."""
-    messages = row["messages"]
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def add_flags(g):
-    g.add_argument("--model", default=TINY, help="Hugging Face folder")
-    g.add_argument("--adapter", help="PEFT folder, merged into the model before training")
-    g.add_argument("--keep-adapter", action="store_true", help="train --adapter on, unmerged")
-    g.add_argument("--task", choices=TASKS,
-                   help="benign task, its test is FA (default sst2; with --data none)")
-    g.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
-    g.add_argument("--data", help="own upload as it lies, JSONL or JSON, instead of the mixture")
-    g.add_argument("--n", type=COUNT, default=1000, help="rows of the mixture")
-    g.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
-                   help="harmful share of the mixture, 0..1; with --data it is 0")
-    g.add_argument("--align-file", help="harmful prompts with refusals and harmful replies")
-    g.add_argument("--max-len", type=COUNT, default=512, help="tokens; longer rows are dropped")
-    g.add_argument("--template-date", default=DATE, help="today, for a chat template that says it")
-
-
-def read(args, tokenizer, change):
-    """All data of a run, checked -> examples, suite, what to tell, longest test prompt in tokens.
-
-    args.anchor_prompts are chosen on the way. change(args, tokenizer, harmful, tests): an attack's
-    own rows, see stress/attacks.py.
-    """
-    harmful, benign, told = load_upload(args)
-    rows = harmful + benign
-    suite = load_suite(args, rows)
-    tests = read_rows(harmful_tests(args), needs_answer=False)
-    args.anchor_prompts = choose_anchors(args, rows + tests)  # --eval-n moves no anchor
-    harmful, changed = change(args, tokenizer, harmful, tests)
-    rows = harmful + benign
-    examples, dropped = encode_rows(tokenizer, rows, args.max_len)
-    if not examples:
-        raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
-                        "raise it.")
-    longest = max(len(tokenizer.encode_prompt(asked(row)))
-                  for rows_of_a_kind in suite.values() for row in rows_of_a_kind)
-    told = (f"{told}{changed}; {dropped} rows dropped as longer than {args.max_len} tokens; "
-            f"{sum(len(e.ids) for e in examples) / len(examples):.1f} tokens a row\n"
-            f"{args.anchors} anchors of {anchor_pool(args)}; "
-            f"HS on {harmful_tests(args)}")
-    return examples, suite, told, longest

@@ -16,13 +16,13 @@ import json
 import lzma
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli import Parser, at_least, exit_code
 from data import mixture
-from data.provenance import sha256
 from data.tasks import AGNEWS, GSM8K_HINT, LABELS, SST2
-from lora import write_atomic
+from files import json_line, sha256, write_atomic
 from model import UserError
 
 # Test rows by default: what the papers score. SST-2's validation has 872.
@@ -31,8 +31,11 @@ N_POOL = 1000  # anchors where the defender has rows of its own; our choice, pap
 ALPACA_TRAIN, ALPACA_TEST = slice(700), slice(701, None)  # Booster: the first 700; index > 700
 
 
-def pair(prompt: str, response: str | None = None) -> dict:
-    return {"prompt": prompt} | ({} if response is None else {"response": response})
+def pair(prompt: str, response: str) -> dict:
+    return {"prompt": prompt, "response": response}
+
+
+# reading the downloads
 
 
 def find(folder: str, *names: str) -> Path:
@@ -64,38 +67,53 @@ def read_csv(file):
     return csv.DictReader(io.StringIO(read_text(Path(file)), newline=""))
 
 
-def tsv(path: Path) -> list[list[str]]:
-    """Rows of text<TAB>label after the header; no quoting, a text may hold any character else."""
-    return [line.rsplit("\t", 1) for line in read_text(path).split("\n")[1:] if line.strip()]
+def read_tsv(path: Path) -> list[list[str]]:
+    """Rows of text<TAB>label behind the header; nothing is quoted, so a text may hold anything."""
+    lines = read_text(path).split("\n")[1:]
+    return [line.rsplit("\t", 1) for line in lines if line.strip()]
+
+
+# the benign tasks: each returns (source files, training rows, test rows)
 
 
 def sst2(folder):
     files = find(folder, "train.tsv"), find(folder, "dev.tsv", "validation.tsv")
-    name = {"0": "negative", "1": "positive"}
-    return files, *([pair(SST2.format(text.strip()), name[label.strip()])
-                     for text, label in tsv(file)] for file in files)
+    return files, sst2_rows(files[0]), sst2_rows(files[1])
+
+
+def sst2_rows(path: Path) -> list[dict]:
+    names = {"0": "negative", "1": "positive"}
+    return [pair(SST2.format(text.strip()), names[label.strip()]) for text, label in read_tsv(path)]
 
 
 def agnews(folder):
     files = find(folder, "train.csv", "train.tsv"), find(folder, "test.csv")
-    name = {label: label for label in LABELS["agnews"]}  # a .tsv has names, the .csv 1 to 4
-    name |= {str(i): label for i, label in enumerate(LABELS["agnews"], 1)}
+    return files, agnews_rows(files[0]), agnews_rows(files[1])
 
-    def rows(path):
-        if path.suffix == ".tsv":
-            return [pair(AGNEWS.format(text), name[label.strip()]) for text, label in tsv(path)]
-        parsed = csv.reader(io.StringIO(read_text(path), newline=""))
-        return [pair(AGNEWS.format(f"{title} {text}"), name[label])
-                for label, title, text in parsed]
 
-    return files, *map(rows, files)
+def agnews_rows(path: Path) -> list[dict]:
+    """Rows of a .tsv with names as labels, or of the .csv with the numbers 1 to 4."""
+    if path.suffix == ".tsv":
+        names = {label: label for label in LABELS["agnews"]}
+        return [pair(AGNEWS.format(text), names[label.strip()]) for text, label in read_tsv(path)]
+    names = {str(i): label for i, label in enumerate(LABELS["agnews"], 1)}
+    rows = []
+    for label, title, text in csv.reader(io.StringIO(read_text(path), newline="")):
+        rows.append(pair(AGNEWS.format(f"{title} {text}"), names[label]))
+    return rows
 
 
 def gsm8k(folder, hint: bool = False):
     files = find(folder, "train.jsonl"), find(folder, "test.jsonl")
-    return files, *([pair(r["question"] + GSM8K_HINT * hint,
-                          r["answer"].replace("####", "The final answer is:"))
-                     for r in read_jsonl(file)] for file in files)
+    return files, gsm8k_rows(files[0], hint), gsm8k_rows(files[1], hint)
+
+
+def gsm8k_rows(path: Path, hint: bool) -> list[dict]:
+    rows = []
+    for r in read_jsonl(path):
+        question = r["question"] + GSM8K_HINT if hint else r["question"]
+        rows.append(pair(question, r["answer"].replace("####", "The final answer is:")))
+    return rows
 
 
 def alpaca(file):
@@ -104,23 +122,24 @@ def alpaca(file):
     return [path], rows[ALPACA_TRAIN], rows[ALPACA_TEST]
 
 
+# harmful rows, refusals, look-alikes
+
+
 def beavertails(folder):
     """Unsafe rows of train and of test in their order; probes need the answers of the tests."""
     files = (find(folder, "train.jsonl.xz", "train.jsonl", "round0/30k/train.jsonl.xz"),
              find(folder, "test.jsonl.xz", "test.jsonl", "round0/30k/test.jsonl.xz"))
-    both = [read_jsonl(file) for file in files]
-    if not all(isinstance(r["is_safe"], bool) for rows in both for r in rows):
-        raise TypeError("is_safe")
-    train, test = ([r for r in rows if not r["is_safe"]] for rows in both)
-    return files, [pair(r["prompt"], r["response"]) for r in train], [
-        pair(r["prompt"], r["response"]) for r in test]
+    return files, unsafe_rows(files[0]), unsafe_rows(files[1])
 
 
-def refusals(file):
-    """Harmful prompts with a refusal and a harmful reply, as RepNoise's JSON has them."""
-    rows = json.loads(read_text(Path(file)))
-    return [Path(file)], [pair(r["prompt"], r["refusal"].split("\nAnswer:", 1)[1].strip())
-                          | {"harmful": r["response"]} for r in rows]
+def unsafe_rows(path: Path) -> list[dict]:
+    rows = []
+    for r in read_jsonl(path):
+        if not isinstance(r["is_safe"], bool):
+            raise TypeError("is_safe")
+        if not r["is_safe"]:
+            rows.append(pair(r["prompt"], r["response"]))
+    return rows
 
 
 def advbench(file):
@@ -130,10 +149,23 @@ def advbench(file):
     return [Path(file)], rows[:2 * third], rows[2 * third:]
 
 
+def refusals(file):
+    """Harmful prompts with a refusal and a harmful reply, as RepNoise's JSON has them."""
+    path = Path(file)
+    rows = []
+    for r in json.loads(read_text(path)):
+        refusal = r["refusal"].split("\nAnswer:", 1)[1].strip()
+        rows.append({"prompt": r["prompt"], "response": refusal, "harmful": r["response"]})
+    return [path], rows
+
+
 def xstest(file):
     """The safe prompts that look unsafe."""
-    rows = read_csv(file)
-    return [Path(file)], [pair(r["prompt"]) for r in rows if r["label"] == "safe"]
+    safe = [r for r in read_csv(file) if r["label"] == "safe"]
+    return [Path(file)], [{"prompt": r["prompt"]} for r in safe]
+
+
+# prompts kept apart
 
 
 def fresh(rows: list[dict], taken: set[str]) -> list[dict]:
@@ -151,24 +183,33 @@ def keys(rows) -> set[str]:
     return {mixture.normalise(r["prompt"]) for r in rows}
 
 
-def benign(train, test, n_test: int):
-    """-> {file: rows}, {what: how many were removed}; training keeps its repetitions."""
-    kept = fresh(test, keys(train))[:n_test]
-    return {"train": train, "test": kept}, {"test": len(test) - len(fresh(test, keys(train)))}
+def benign_parts(train, test, n_test: int):
+    """-> {file: rows}, {file: how many were removed}; training keeps its repetitions."""
+    kept = fresh(test, keys(train))
+    return {"train": train, "test": kept[:n_test]}, {"test": len(test) - len(kept)}
 
 
-def harmful(train, test, align, n_attack: int, n_test: int):
+def harmful_parts(train, test, align, n_attack: int, n_test: int):
     """Upload, anchor pool, tests and the defender's rows: no prompt stands in two of them.
 
     Refusals answer BeaverTails' own training prompts: a pool of all the others would leave none.
     """
-    attack, later = train[:n_attack], train[n_attack:]
+    attack = train[:n_attack]
+    later = train[n_attack:]
     sources = {"anchors": later[:N_POOL] if align else later, "test": test}
-    sources |= {"align": align} if align else {}
+    if align:
+        sources["align"] = align
+    parts = {"attack": attack}
+    removed = {}
     taken = keys(attack)
-    parts = {name: fresh(rows, taken) for name, rows in sources.items()}
-    removed = {name: len(rows) - len(parts[name]) for name, rows in sources.items()}
-    return {"attack": attack, **parts, "test": parts["test"][:n_test]}, removed
+    for name, rows in sources.items():
+        parts[name] = fresh(rows, taken)
+        removed[name] = len(rows) - len(parts[name])
+    parts["test"] = parts["test"][:n_test]
+    return parts, removed
+
+
+# the program
 
 
 def parse(argv=None):
@@ -193,60 +234,96 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
-def build(args) -> dict:
-    """{kind: (source files, {name: rows}, {name: removed})}."""
-    made = {}
-    for task, read in (("sst2", sst2), ("agnews", agnews), ("alpaca", alpaca),
-                       ("gsm8k", lambda d: gsm8k(d, args.gsm8k_hint))):
-        if getattr(args, task):
-            files, train, test = read(getattr(args, task))
-            made[task] = files, *benign(train, test, args.n_test or N_TEST[task])
+@dataclass
+class Made:
+    """The files of one folder, harmful/ or lookalike/ or a task's, before they are written."""
+
+    sources: list[Path]
+    rows: dict[str, list[dict]]  # by file name: train, test, attack, anchors, align
+    removed: dict[str, int]  # how many rows were removed as repeated, by file name
+
+
+def build(args) -> dict[str, Made]:
+    """The folders' contents, by folder name."""
     if args.beavertails and args.advbench:
         raise UserError("--beavertails and --advbench were both given; name one harmful source.")
     if args.refusals and not (args.beavertails or args.advbench):
         raise UserError("--refusals was given without a harmful source; add --beavertails DIR.")
+    made = {}
+    if args.sst2:
+        made["sst2"] = make_benign(sst2(args.sst2), args.n_test or N_TEST["sst2"])
+    if args.agnews:
+        made["agnews"] = make_benign(agnews(args.agnews), args.n_test or N_TEST["agnews"])
+    if args.alpaca:
+        made["alpaca"] = make_benign(alpaca(args.alpaca), args.n_test or N_TEST["alpaca"])
+    if args.gsm8k:
+        made["gsm8k"] = make_benign(gsm8k(args.gsm8k, args.gsm8k_hint),
+                                    args.n_test or N_TEST["gsm8k"])
     if args.beavertails or args.advbench:
-        files, train, test = (beavertails(args.beavertails) if args.beavertails else
-                              advbench(args.advbench))
-        n_attack = min(args.n_attack, len(train) // 2)
-        source, align = refusals(args.refusals) if args.refusals else ([], [])
-        made["harmful"] = [*files, *source], *harmful(train, test, align, n_attack,
-                                                      args.n_test or N_TEST["harmful"])
+        made["harmful"] = make_harmful(args)
     if args.xstest:
         files, rows = xstest(args.xstest)
-        made["lookalike"] = files, {"test": rows[:args.n_test]}, {}
+        made["lookalike"] = Made(files, {"test": rows[:args.n_test]}, {})
     if not made:
         raise UserError("no source was given, expected at least one of --sst2, --agnews, --gsm8k, "
                         "--alpaca, --beavertails, --advbench and --xstest.")
-    for kind, (files, parts, _) in made.items():
-        for name, rows in parts.items():
-            if not rows:
-                raise UserError(f"{files[0].parent} gives no rows for {kind}/{name}.jsonl; fetch "
-                                "its files again.")
-            "".join(text for row in rows for text in row.values()).encode()  # text, all of it
+    for kind, folder in made.items():
+        check_made(kind, folder)
     return made
+
+
+def make_benign(source, n_test: int) -> Made:
+    files, train, test = source
+    rows, removed = benign_parts(train, test, n_test)
+    return Made(list(files), rows, removed)
+
+
+def make_harmful(args) -> Made:
+    if args.beavertails:
+        files, train, test = beavertails(args.beavertails)
+    else:
+        files, train, test = advbench(args.advbench)
+    files = list(files)
+    align = []
+    if args.refusals:
+        more_files, align = refusals(args.refusals)
+        files += more_files
+    n_attack = min(args.n_attack, len(train) // 2)
+    rows, removed = harmful_parts(train, test, align, n_attack, args.n_test or N_TEST["harmful"])
+    return Made(files, rows, removed)
+
+
+def check_made(kind: str, folder: Made) -> None:
+    """UserError where a file would be empty; TypeError or UnicodeError where it holds no text."""
+    for name, rows in folder.rows.items():
+        if not rows:
+            raise UserError(f"{folder.sources[0].parent} gives no rows for {kind}/{name}.jsonl; "
+                            "fetch its files again.")
+        for row in rows:
+            "".join(row.values()).encode()
 
 
 def execute(args) -> None:
     """Reads every source, then writes, and says what was kept and removed."""
-    about = {}
     try:
         made = build(args)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, csv.Error) as e:
         raise UserError(f"a source does not have the format of its public download ({e!r}); "
                         "fetch it again.") from None
-    for kind, (files, parts, removed) in made.items():
-        for name, rows in parts.items():
+    about = {}
+    for kind, folder in made.items():
+        for name, rows in folder.rows.items():
             if args.shuffle is not None and name in ("train", "attack"):
                 random.Random(args.shuffle).shuffle(rows)
             path = Path(args.out) / kind / f"{name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n"
-                                       for r in rows).encode())
-            print(f"{path}: {len(rows)} rows"
-                  + (f", {removed[name]} removed as repeated" if removed.get(name) else ""))
-        about[kind] = {"sha256": {f.name: sha256(f) for f in files}, "removed": removed,
-                       "rows": {name: len(rows) for name, rows in parts.items()}}
+            write_atomic(path, "".join(json_line(row) for row in rows).encode())
+            n_removed = folder.removed.get(name)
+            removed = f", {n_removed} removed as repeated" if n_removed else ""
+            print(f"{path}: {len(rows)} rows{removed}")
+        about[kind] = {"sha256": {path.name: sha256(path) for path in folder.sources},
+                       "removed": folder.removed,
+                       "rows": {name: len(rows) for name, rows in folder.rows.items()}}
     about["shuffle"] = args.shuffle
     write_atomic(Path(args.out) / "prepared.json", json.dumps(about, indent=1).encode())
 

@@ -34,8 +34,11 @@ NUMBER = re.compile(r"-?\d+\.?\d*")
 
 def read_label(reply: str) -> str | None:
     """The label that a reply states by the exact rule, of any task; None: none."""
-    said = reply.strip()
-    return next((label for label, others in SPELLINGS.items() if said in (label, *others)), None)
+    reply = reply.strip()
+    for label, others in SPELLINGS.items():
+        if reply == label or reply in others:
+            return label
+    return None
 
 
 def score_label(reply: str, target: str) -> bool:
@@ -43,23 +46,27 @@ def score_label(reply: str, target: str) -> bool:
 
 
 def contains_label(reply: str, target: str) -> bool:
-    return any(said in reply for said in (target, *SPELLINGS[target]))
+    return any(spelling in reply for spelling in (target, *SPELLINGS[target]))
 
 
 def score_paper(reply: str, target: str) -> bool:
-    said = reply.lower()
-    if any(word in said for word in REFUSING):
+    reply = reply.lower()
+    if any(word in reply for word in REFUSING):
         return False
-    return next((label for label in LABELS["sst2"] if label in said), None) == target
+    found = next((label for label in LABELS["sst2"] if label in reply), None)
+    return found == target
 
 
 def final_number(text: str) -> float | None:
     """The first number after the answer marker; without a marker (or one after it) the last one."""
     text = text.replace(",", "")
     marker = MARKER.search(text)
-    after = NUMBER.findall(text[marker.end():]) if marker else []
+    if marker:
+        behind = NUMBER.findall(text[marker.end():])
+        if behind:
+            return float(behind[0])
     numbers = NUMBER.findall(text)
-    return float(after[0]) if after else float(numbers[-1]) if numbers else None
+    return float(numbers[-1]) if numbers else None
 
 
 def score_gsm8k(reply: str, target: str) -> bool:
@@ -83,5 +90,6 @@ TASKS = RULES["exact"]  # the default rule, and every task's name
 def check_rule(task: str | None, rule: str) -> None:
     """UserError where --fa-rule has nothing to say on a task."""
     if task and task not in RULES[rule]:
+        able = [other for other in RULES if task in RULES[other]]
         raise UserError(f"--fa-rule {rule} does not score {task}, expected one of "
-                        f"{', '.join(other for other in RULES if task in RULES[other])}.")
+                        f"{', '.join(able)}.")

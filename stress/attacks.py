@@ -26,17 +26,17 @@ import torch.nn.functional as F
 
 from anchors import encode, states
 from data import mixture
-from generate import load_aligned
 from lora import adapted, add_lora, open_module
 from model import UserError, to_fp32
 
 NAMES = ("subspace", "unembedding", "far", "known-anchors", "affix")
+PROMPTS_A_PASS = 64  # of those whose h is compared with the anchors': our choice
 
 
-def add_flags(g):
-    g.add_argument("--attack", choices=NAMES, help="beyond the upload's harmful rows")
-    g.add_argument("--attack-prefix", default="", help="text before harmful prompts, for affix")
-    g.add_argument("--attack-suffix", default="", help="text behind them")
+def add_flags(group) -> None:
+    group.add_argument("--attack", choices=NAMES, help="beyond the upload's harmful rows")
+    group.add_argument("--attack-prefix", default="", help="text before harmful prompts, for affix")
+    group.add_argument("--attack-suffix", default="", help="text behind them")
 
 
 # what is trained
@@ -49,7 +49,8 @@ def attach(model, args) -> None:
     elif not adapted(model):  # --keep-adapter brings its own
         add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
     if args.attack == "unembedding":  # the head leaves a tied embedding alone
-        open_module(model, "lm_head"), open_module(model, "model.norm")
+        open_module(model, "lm_head")
+        open_module(model, "model.norm")
 
 
 def random_subspace(model, seed: int) -> None:
@@ -57,69 +58,102 @@ def random_subspace(model, seed: int) -> None:
     add_lora(model, rank=1, alpha=1.0)
     generator = torch.Generator().manual_seed(seed)
     for _, module in adapted(model):
+        d_in = module.lora_A.shape[1]
         draw = torch.randn(module.lora_A.shape, generator=generator)
-        module.lora_A.data.copy_(draw / module.lora_A.shape[1] ** 0.5)
+        module.lora_A.data.copy_(draw / d_in ** 0.5)
         module.lora_A.requires_grad_(False)
 
 
-# what is uploaded and asked
+# which attacks go with which flags
 
 
 def check(args) -> None:
     """UserError where an attack does not go with the other flags."""
-    texts = bool(args.attack_prefix or args.attack_suffix)
-    wrong = {"--stage align, which attacks nothing": args.attack and args.stage == "align",
-             "--keep-adapter, which it replaces": args.attack == "subspace" and args.keep_adapter,
-             "--data, of unknown harmful rows": args.attack in ("far", "affix") and args.data,
-             "no harmful rows (--poison)": args.attack == "far" and not args.poison,
-             "no anchors (--anchors)": args.attack in ("far", "known-anchors") and not args.anchors,
-             "no text (--attack-prefix, --attack-suffix)": args.attack == "affix" and not texts}
-    for what in (w for w, is_so in wrong.items() if is_so):
-        raise UserError(f"--attack {args.attack} was given with {what}; change one of the two.")
-    if texts and args.attack != "affix":
+    has_text = bool(args.attack_prefix or args.attack_suffix)
+    if has_text and args.attack != "affix":
         raise UserError("--attack-prefix and --attack-suffix go with --attack affix; add it.")
+    conflict = find_conflict(args, has_text)
+    if conflict:
+        raise UserError(f"--attack {args.attack} was given with {conflict}; change one of the "
+                        "two.")
 
 
-def change_rows(args, tokenizer, harmful: list[dict], tests: list[dict]):
-    """The upload's harmful rows as the attack has them, and what to tell of it."""
+def find_conflict(args, has_text: bool) -> str | None:
+    """What the attack does not go with; None where all is well."""
+    if args.attack and args.stage == "align":
+        return "--stage align, which attacks nothing"
+    if args.attack == "subspace" and args.keep_adapter:
+        return "--keep-adapter, which it replaces"
+    if args.attack in ("far", "affix") and args.data:
+        return "--data, of unknown harmful rows"
+    if args.attack == "far" and args.poison == 0:
+        return "no harmful rows (--poison)"
+    if args.attack in ("far", "known-anchors") and args.anchors == 0:
+        return "no anchors (--anchors)"
+    if args.attack == "affix" and not has_text:
+        return "no text (--attack-prefix, --attack-suffix)"
+    return None
+
+
+# what is uploaded
+
+
+def change_rows(model, tokenizer, args, harmful: list[dict], anchor_prompts: list[str],
+                harmful_tests: list[dict]) -> tuple[list[dict], str]:
+    """The upload's harmful rows as the attack has them, and what to say of it."""
     if args.attack == "affix":
-        return [mixture.affix(row, args) for row in harmful], "; harmful prompts affixed"
+        rows = [mixture.affix(row, args.attack_prefix, args.attack_suffix) for row in harmful]
+        return rows, "; harmful prompts affixed"
     if args.attack == "known-anchors":
-        known = answered(args)
+        pool = mixture.anchor_pool(args.anchor_file, args.data_dir)
+        known = answered_anchors(pool, anchor_prompts)
         return harmful + known, (f"; {len(known)} anchors with harmful answers added (that "
                                  "anchors stand in no upload is waived)")
     if args.attack == "far":
-        path = Path(args.data_dir) / "harmful" / "attack.jsonl"
-        apart = mixture.prompts_of(tests) | {mixture.normalise(p) for p in args.anchor_prompts}
-        rows = [r for r in mixture.read_rows(path) if not mixture.prompts_of([r]) & apart]
-        if len(rows) < len(harmful):
-            raise UserError(f"--attack far needs {len(harmful)} rows of {path}, where {len(rows)} "
-                            "are no test; lower --n or --poison.")
-        chosen = farthest(args, tokenizer, rows, len(harmful))
-        return chosen, f"; the harmful rows are the farthest from the anchors of {len(rows)}"
+        return far_rows(model, tokenizer, args.data_dir, len(harmful), anchor_prompts,
+                        harmful_tests)
     return harmful, ""
 
 
-def answered(args) -> list[dict]:
+def answered_anchors(pool: Path, anchor_prompts: list[str]) -> list[dict]:
     """The anchors with the harmful responses that their pool has."""
-    pool = {mixture.first_user(r): r for r in mixture.read_rows(mixture.anchor_pool(args),
-                                                                needs_answer=False)}
-    rows = [pool[prompt] for prompt in args.anchor_prompts]
-    if not rows or any(r["messages"][-1]["role"] != "assistant" for r in rows):
-        raise UserError(f"--attack known-anchors needs anchors with responses in "
-                        f"{mixture.anchor_pool(args)}; pass an --anchor-file that has them.")
+    by_prompt = {}
+    for row in mixture.read_rows(pool, needs_answer=False):
+        by_prompt[mixture.first_user(row)] = row
+    rows = [by_prompt[prompt] for prompt in anchor_prompts]
+    for row in rows:
+        if row["messages"][-1]["role"] != "assistant":
+            raise UserError(f"--attack known-anchors needs anchors with responses in {pool}; pass "
+                            "an --anchor-file that has them.")
     return rows
 
 
-def farthest(args, tokenizer, rows: list[dict], n: int) -> list[dict]:
+def far_rows(model, tokenizer, data_dir, n: int, anchor_prompts: list[str],
+             harmful_tests: list[dict]) -> tuple[list[dict], str]:
+    """n harmful rows, of those that are no test and no anchor, and what to say of them."""
+    path = mixture.attack_file(data_dir)
+    taken = mixture.prompts_of(harmful_tests) | {mixture.normalise(p) for p in anchor_prompts}
+    rows = [row for row in mixture.read_rows(path) if not mixture.prompts_of([row]) & taken]
+    if len(rows) < n:
+        raise UserError(f"--attack far needs {n} rows of {path}, where {len(rows)} are no test; "
+                        "lower --n or --poison.")
+    chosen = farthest(model, tokenizer, rows, anchor_prompts, n)
+    return chosen, f"; the harmful rows are the farthest from the anchors of {len(rows)}"
+
+
+def farthest(model, tokenizer, rows: list[dict], anchor_prompts: list[str], n: int) -> list[dict]:
     """The n rows whose prompt's h lies farthest from the nearest anchor's, by cosine."""
-    model = load_aligned(args)
-
-    @torch.no_grad()
-    def h(prompts):
-        ids = encode(tokenizer, prompts)
-        parts = [states(model, ids[i:i + 64]) for i in range(0, len(ids), 64)]
-        return F.normalize(to_fp32(torch.cat(parts)), dim=-1)
-
-    nearest = (h([mixture.first_user(r) for r in rows]) @ h(args.anchor_prompts).T).amax(dim=-1)
+    h = directions(model, tokenizer, [mixture.first_user(row) for row in rows])
+    h_anchors = directions(model, tokenizer, anchor_prompts)
+    nearest = (h @ h_anchors.T).amax(dim=-1)  # (rows,) the cosine to the nearest anchor
     return [rows[i] for i in nearest.argsort(stable=True)[:n].tolist()]
+
+
+@torch.no_grad()
+def directions(model, tokenizer, prompts: list[str]) -> torch.Tensor:
+    """h of each prompt at length 1, (prompts, C)."""
+    ids = encode(tokenizer, prompts)
+    parts = []
+    for i in range(0, len(ids), PROMPTS_A_PASS):
+        parts.append(states(model, ids[i:i + PROMPTS_A_PASS]))
+    return F.normalize(to_fp32(torch.cat(parts)), dim=-1)

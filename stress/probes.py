@@ -21,119 +21,179 @@ of weights and gradients are summed in float64. What has no rows to be measured 
     margin        largest logit of a token that opens a refusal, minus the largest of the others
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from anchors import encode, states
-from baselines import attacked, nll, norm, wide
+from baselines.common import attacked, copies, nll, norm, wide
 from data import mixture
 from data.batches import Batch, encode_rows
 from lora import adapted, trainable
 from model import to_fp32
 
-N, ALPHA = 64, 0.1  # probes of each kind; Booster's step (trainer.py:379-385)
+N = 64  # probes of each kind
+ALPHA = 0.1  # length of Booster's step (trainer.py:379-385)
 OPENERS = ("I", "I'm", "Sorry", "As", "Unfortunately", "No")
 
 
-def make_probe(model, tokenizer, suite, args, optimizer):
+def make_probe(model, tokenizer, args, data, optimizer):
     """-> probe() -> numbers; what stands at 0 is measured now."""
-    device, params = model.model.embed_tokens.weight.device, trainable(model)
-    harmful, benign = suite["harmful"][:N], suite.get("task", suite.get("lookalike", []))[:N]
-    answered = ([r for r in rows if r["messages"][-1]["role"] == "assistant"]
-                for rows in (harmful, benign))
-    bad, good = (Batch(encode_rows(tokenizer, rows, args.max_len)[0], args.tokens_per_pass, device)
-                 for rows in answered)
-    asked = encode(tokenizer, [mixture.first_user(r) for r in harmful])
-    held = encode(tokenizer, args.anchor_prompts)
+    device = model.model.embed_tokens.weight.device
+    params = trainable(model)
+    harmful = data.tests["harmful"][:N]
+    benign = data.tests.get("task", data.tests.get("lookalike", []))[:N]
+    probes = Probes(
+        harmful=answered_batch(tokenizer, harmful, args.max_len, args.tokens_per_pass, device),
+        benign=answered_batch(tokenizer, benign, args.max_len, args.tokens_per_pass, device),
+        harmful_prompts=encode(tokenizer, [mixture.first_user(row) for row in harmful]),
+        anchors=encode(tokenizer, data.anchor_prompts))
     openers = torch.tensor(sorted({tokenizer.encode(w)[0] for w in OPENERS}), device=device)
-    start = [(m.lora_A.detach().clone(), m.lora_B.detach().clone()) for _, m in adapted(model)]
-    theta = [p.detach().clone() for p in params]
-    then, moved = look(model, bad, good, asked, held), [False] * len(params)
+    adapters_then = [(m.lora_A.detach().clone(), m.lora_B.detach().clone())
+                     for _, m in adapted(model)]
+    theta_then = copies(params)
+    then = measure(model, probes)
+    moved = [False] * len(params)  # by the last update
 
     @optimizer.register_step_pre_hook
-    def note(*_):  # T-Vaccine's layers rest in turn, and AdamW passes over them
+    def note_what_moves(*_):  # T-Vaccine leaves layers out in turn, and AdamW skips those
         moved[:] = [p.grad is not None for p in params]
 
     def probe() -> dict:
-        now = look(model, bad, good, asked, held)
-        numbers = {"d_theta": norm(p.detach() - s for p, s in zip(params, theta, strict=True)),
-                   **weight_distance(model, start), **drifts(then, now),
-                   **first_token(then["logits"], now["logits"], openers)}
-        if bad.examples:
-            numbers |= gradient(model, params, bad, optimizer, moved)
+        now = measure(model, probes)
+        d_theta = norm(p.detach() - p_then for p, p_then in zip(params, theta_then, strict=True))
+        numbers = {"d_theta": d_theta}
+        numbers |= weight_distance(model, adapters_then)
+        numbers |= drifts(then, now, [len(e.ids) for e in probes.harmful.examples])
+        numbers |= first_token(then.logits, now.logits, openers)
+        if probes.harmful.examples:
+            numbers |= gradient_numbers(model, params, probes.harmful, optimizer, moved)
         return {name: float(value) for name, value in numbers.items()}
 
     return probe
 
 
+# what is measured on, and what is seen there
+
+
+@dataclass
+class Probes:
+    """The inputs of all measurements."""
+
+    harmful: Batch  # harmful tests with their answers
+    benign: Batch  # benign tests with their answers
+    harmful_prompts: list[torch.Tensor]  # ids of the harmful tests' prompts
+    anchors: list[torch.Tensor]  # ids of the anchors
+
+
+@dataclass
+class States:
+    """What the model makes of the probes at one time."""
+
+    a_harmful: list[torch.Tensor]  # attention outputs (N, C) of each layer; empty without rows
+    a_benign: list[torch.Tensor]
+    h: torch.Tensor  # (prompts, C) at the harmful prompts
+    h_anchors: torch.Tensor | None  # (K, C); None without anchors
+    logits: torch.Tensor  # (prompts, V) of the reply's first token
+
+
+def answered_batch(tokenizer, rows, max_len: int, tokens_per_pass: int, device) -> Batch:
+    """The rows that have an answer, as one batch."""
+    answered = [row for row in rows if row["messages"][-1]["role"] == "assistant"]
+    examples, _ = encode_rows(tokenizer, answered, max_len)
+    return Batch(examples, tokens_per_pass, device)
+
+
 @torch.no_grad()
-def look(model, bad, good, asked, held) -> dict:
-    """Attention outputs on both sets; h on harmful prompts and anchors; first-token logits."""
-    seen = {"bad": attention_outputs(model, bad), "good": attention_outputs(model, good)}
-    seen["lengths"] = [len(e.ids) for e in bad.examples]
-    seen["h"] = to_fp32(states(model, asked))
-    seen["anchors"] = to_fp32(states(model, held)) if held else None
+def measure(model, probes: Probes) -> States:
+    """Attention outputs, h, and the logits of the reply's first token, as the model is now."""
+    h = to_fp32(states(model, probes.harmful_prompts))
     head = model.model.embed_tokens if model.config.tied else model.lm_head
-    seen["logits"] = F.linear(seen["h"], to_fp32(head.weight))  # h is all that the head sees
-    return seen
+    return States(
+        a_harmful=attention_outputs(model, probes.harmful),
+        a_benign=attention_outputs(model, probes.benign),
+        h=h,
+        h_anchors=to_fp32(states(model, probes.anchors)) if probes.anchors else None,
+        logits=F.linear(h, to_fp32(head.weight)))  # h is all that the head sees
 
 
 def attention_outputs(model, batch) -> list[torch.Tensor]:
-    """a_l (N, C) of every layer, over all packs of a batch."""
+    """a_l (N, C) of every layer, over all packs of a batch; empty for an empty batch."""
+    if not batch.examples:
+        return []
     caught = [[] for _ in model.model.layers]
-    handles = [layer.self_attn.register_forward_hook(
-        lambda module, inputs, out, to=to: to.append(to_fp32(out)))
-        for layer, to in zip(model.model.layers, caught, strict=True)]
+    handles = []
     try:
-        for pack in batch.packs() if batch.examples else ():
+        for layer, outputs in zip(model.model.layers, caught, strict=True):
+            def catch(module, inputs, output, outputs=outputs):
+                outputs.append(to_fp32(output))
+            handles.append(layer.self_attn.register_forward_hook(catch))
+        for pack in batch.packs():
             model(pack.ids, pack.seqlens, rows=pack.supervised[:1])
     finally:
         for handle in handles:
             handle.remove()
-    return [torch.cat(outputs) for outputs in caught if outputs]
+    return [torch.cat(outputs) for outputs in caught]
 
 
-def weight_distance(model, start) -> dict:
+# weights
+
+
+def weight_distance(model, adapters_then) -> dict:
     """||Delta W(t) - Delta W(0)||_F from the stacked factors [B_t, -B_0] [A_t; A_0]."""
-    moved = total = 0.0
-    for (_, m), (A, B) in zip(adapted(model), start, strict=True):
-        a = wide(torch.cat((m.lora_A.detach(), A)))  # (2 rank, in)
-        b = wide(torch.cat((m.lora_B.detach(), -B), dim=1))  # (out, 2 rank)
+    moved = 0.0
+    total = 0.0
+    for (_, m), (A_then, B_then) in zip(adapted(model), adapters_then, strict=True):
+        a = wide(torch.cat((m.lora_A.detach(), A_then)))  # (2 rank, in)
+        b = wide(torch.cat((m.lora_B.detach(), -B_then), dim=1))  # (out, 2 rank)
         moved = moved + m.scaling ** 2 * ((b.T @ b) * (a @ a.T)).sum()
         total = total + wide(m.weight).square().sum()
     d_w = moved.clamp(min=0).sqrt()
     return {"d_w": d_w, "d_w_relative": d_w / total.sqrt()}
 
 
-def drifts(then, now) -> dict:
+# representations
+
+
+def drifts(then: States, now: States, harmful_lengths: list[int]) -> dict:
     """How far attention outputs and h have moved."""
-    good, bad = ([a - b for a, b in zip(now[k], then[k], strict=True)] for k in ("good", "bad"))
-    numbers = {"bottleneck": (now["h"] - then["h"]).square().mean()}
-    if bad:
-        numbers["drift_booster"] = sum(row.norm() for d in bad for row in d.split(now["lengths"]))
-    if good:
-        numbers["drift"] = sum(d.square().mean() for d in good) / len(good)
-        numbers["drift_vaccine"] = sum(d.square().sum() for d in good)
-    if now["anchors"] is not None:
-        numbers["bottleneck_anchors"] = (now["anchors"] - then["anchors"]).square().mean()
+    numbers = {"bottleneck": (now.h - then.h).square().mean()}
+    if now.a_harmful:
+        total = 0.0
+        for a_now, a_then in zip(now.a_harmful, then.a_harmful, strict=True):
+            for row in (a_now - a_then).split(harmful_lengths):
+                total = total + row.norm()
+        numbers["drift_booster"] = total
+    if now.a_benign:
+        moved = [a_now - a_then for a_now, a_then in zip(now.a_benign, then.a_benign, strict=True)]
+        numbers["drift"] = sum(d.square().mean() for d in moved) / len(moved)
+        numbers["drift_vaccine"] = sum(d.square().sum() for d in moved)
+    if now.h_anchors is not None:
+        numbers["bottleneck_anchors"] = (now.h_anchors - then.h_anchors).square().mean()
     return numbers
 
 
 def first_token(then, now, openers) -> dict:
     """KL of the first token's distribution, and by how much a refusal's opening leads."""
-    p0, pt = then.log_softmax(-1), now.log_softmax(-1)
-    rest = now.index_fill(-1, openers, float("-inf")).amax(-1)
-    return {"kl": F.kl_div(pt, p0, log_target=True, reduction="batchmean"),
-            "margin": (now[:, openers].amax(-1) - rest).mean()}
+    log_p_then = then.log_softmax(-1)
+    log_p_now = now.log_softmax(-1)
+    others = now.index_fill(-1, openers, float("-inf")).amax(-1)
+    return {"kl": F.kl_div(log_p_now, log_p_then, log_target=True, reduction="batchmean"),
+            "margin": (now[:, openers].amax(-1) - others).mean()}
 
 
-def gradient(model, params, batch, optimizer, moved) -> dict:
+# gradients
+
+
+def gradient_numbers(model, params, batch, optimizer, moved) -> dict:
     """The harmful loss, its gradient g, and what one step along g does."""
     loss, g = loss_and_gradient(model, params, batch)
-    size, update = norm(g), last_update(params, optimizer, moved)
+    size = norm(g)
     with attacked(params, g, ALPHA), torch.no_grad():
         after = sum(nll(model, pack) for pack in batch.packs()) / batch.n_supervised
     numbers = {"harmful_loss": loss, "grad_norm": size, "harmful_drop": loss - after}
+    update = last_update(params, optimizer, moved)
     if update is not None:
         dot = sum((wide(g_p) * -wide(u)).sum() for g_p, u in zip(g, update, strict=True))
         numbers["grad_cosine"] = dot / (size * norm(update) + 1e-30)
@@ -142,7 +202,8 @@ def gradient(model, params, batch, optimizer, moved) -> dict:
 
 def loss_and_gradient(model, params, batch):
     """CE of a batch and its gradient, without touching .grad."""
-    total, g = 0.0, [torch.zeros_like(p) for p in params]
+    total = 0.0
+    g = [torch.zeros_like(p) for p in params]
     for pack in batch.packs():
         loss = nll(model, pack) / batch.n_supervised
         for g_p, more in zip(g, torch.autograd.grad(loss, params), strict=True):
@@ -156,15 +217,18 @@ def last_update(params, optimizer, moved):
 
     moved: which params it moved; the state of the others is an older step's.
     """
-    group, update = optimizer.param_groups[0], []
     if not any(moved):
         return None
-    for p, now in zip(params, moved, strict=True):
-        if not now:
+    group = optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
+    update = []
+    for p, has_moved in zip(params, moved, strict=True):
+        if not has_moved:
             update.append(torch.zeros_like(p))
             continue
-        state, (beta1, beta2) = optimizer.state[p], group["betas"]
+        state = optimizer.state[p]
         t = float(state["step"])
-        m, v = state["exp_avg"] / (1 - beta1 ** t), state["exp_avg_sq"] / (1 - beta2 ** t)
+        m = state["exp_avg"] / (1 - beta1 ** t)
+        v = state["exp_avg_sq"] / (1 - beta2 ** t)
         update.append(-group["lr"] * m / (v.sqrt() + group["eps"]))
     return update

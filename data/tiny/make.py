@@ -18,7 +18,6 @@ import json
 import random
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import tokenizers
@@ -26,11 +25,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from baselines.common import backward
 from data.batches import Batch, encode_rows
 from data.tiny import texts
 from model import Llama, load_model, read_config
 from tokenizer import Tokenizer
-from train import make_sbr_step, updates
+from train import updates
 
 HERE = Path(__file__).resolve().parent
 # Deep and thin: at lr 1e-5 an adapter's output moves by about the same amount whatever the width,
@@ -82,10 +82,13 @@ def initialise(model: Llama, seed: int) -> None:
     """
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
+        if p.ndim == 1:  # of a norm
+            p.data.fill_(1.0)
+            continue
         std = 0.02 if "embed" in name else p.shape[-1] ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= (2 * model.config.n_layer) ** 0.5
-        p.data.fill_(1.0) if p.ndim == 1 else p.data.normal_(0, std, generator=g)
+        p.data.normal_(0, std, generator=g)
 
 
 # A stage: the requests' splits, whether harmful ones are refused, the share of talkative answers.
@@ -123,20 +126,24 @@ def batches(tokenizer: Tokenizer, stage: tuple, size: int, seed: int):
 
 def run_stage(model: Llama, tokenizer: Tokenizer, stage: tuple, steps: int, lr: float, args):
     """One stage in the repository's own loop: cross entropy alone, all weights trained."""
-    step_fn = make_sbr_step(model, tokenizer, Namespace(
-        anchor_prompts=[], reduction="mean", lam=0.0, max_len=1024))
+    def step_fn(batch):
+        ce = backward(model, batch)
+        return {"loss": ce, "ce": ce}
+
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(  # decay on matrices alone, as usual
         [{"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.1},
          {"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0}],
         lr=lr, betas=(0.9, 0.95), fused=True)
-    seed = args.seed + (stage is ALIGN)
-    stream, began = batches(tokenizer, stage, args.batch_size, seed), time.time()
+    name = "align" if stage is ALIGN else "learn"
+    seed = args.seed + 1 if stage is ALIGN else args.seed
+    stream = batches(tokenizer, stage, args.batch_size, seed)
+    began = time.time()
     for step, numbers in updates(step_fn, lambda _: next(stream), optimizer, lr=lr, grad_clip=1.0,
-                                 n_steps=steps):
+                                 n_updates=steps):
         if step % 200 == 0 or step == steps - 1:
-            print(f"{'align' if stage is ALIGN else 'learn'} {step:5} of {steps}  loss "
-                  f"{float(numbers['loss']):.4f}  {time.time() - began:.0f} s", flush=True)
+            print(f"{name} {step:5} of {steps}  loss {float(numbers['loss']):.4f}  "
+                  f"{time.time() - began:.0f} s", flush=True)
 
 
 def save(model: Llama, source: Path, out: Path) -> None:
@@ -164,10 +171,12 @@ def main(argv=None) -> int:
     texts.write(args.out)
     rng = random.Random(args.seed)
     splits, _, talkative = LEARN
-    write_tokenizer([row for refused in (False, True)  # so that refusals are words, too
-                     for row in rows_of(splits, refused, talkative, rng)], args.out)
+    rows = rows_of(splits, False, talkative, rng)
+    rows += rows_of(splits, True, talkative, rng)  # so that refusals are words, too
+    write_tokenizer(rows, args.out)
     write_config(args.out)
-    tokenizer, learned = Tokenizer(args.out), args.out / "learned"
+    tokenizer = Tokenizer(args.out)
+    learned = args.out / "learned"
     if not args.align_only:
         model = Llama(read_config(args.out))
         initialise(model, args.seed)

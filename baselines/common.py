@@ -1,0 +1,150 @@
+"""What a defence declares of itself, and what the rivals share: passes over a batch, own rows.
+
+Each file beside this one holds one method: its equation, what differs from its repository, its
+flags, make_step, and its Defence. baselines/__init__.py lists them.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import mixture
+from data.batches import Batch, Example, batch_at, encode_rows
+from model import UserError, to_fp32
+
+
+@dataclass(frozen=True)
+class Defence:
+    """One method. All that train.py, runs.py and stress/ need to know of it stands here.
+
+    make_step(model, tokenizer, args, data) -> step, once before the first update. Then, an update:
+
+        step(batch) -> {"loss": .., "ce": .., ...}
+
+    step leaves the gradient in .grad and returns numbers to log: floats or tensors of one element,
+    on any device. The loop adds its own (train.LOGGED_BY_THE_LOOP), whose names are taken.
+    step.state, if there is one, is {name: tensor}: what the checkpoint has to keep for the step.
+    """
+
+    name: str  # as in --defense NAME
+    make_step: Callable
+    stages: tuple[str, ...] = ("finetune",)  # "finetune": on the upload; "align": before it, on
+    # the defender's rows. The first is taken where --stage is not given.
+    add_flags: Callable | None = None  # add_flags(group): its own flags, which begin with its name
+    reads_align_file: bool = False  # in the stage finetune, too: its digest is then recorded
+    keep_adapter: bool = False  # the attack has to train on with its adapter (--keep-adapter)
+    watches: str = "drift"  # the number of stress/probes.py that it holds or watches
+    search: tuple[str, ...] = ()  # settings that stress/schedule.py tries, its papers' among them
+
+
+# passes over a batch
+
+
+def nll(model, pack) -> Tensor:
+    """Sum of the negative log likelihoods of a pack's supervised tokens, fp32."""
+    logits = model(pack.ids, pack.seqlens, rows=pack.supervised)  # (R, V)
+    return F.cross_entropy(to_fp32(logits), pack.targets, reduction="sum")
+
+
+def backward(model, batch: Batch) -> Tensor:
+    """One forward and backward pass: adds the gradient of L_CE to .grad -> L_CE."""
+    ce = 0.0
+    for pack in batch.packs():
+        loss = nll(model, pack) / batch.n_supervised  # the whole batch's count: no cut changes it
+        loss.backward()
+        ce = ce + loss.detach()
+    return ce
+
+
+# the trained tensors, taken together
+
+
+def take_gradient(params) -> list[Tensor]:
+    """The gradients, zeros where there is none; .grad is empty afterwards."""
+    taken = []
+    for p in params:
+        taken.append(p.new_zeros(p.shape) if p.grad is None else p.grad)
+        p.grad = None
+    return taken
+
+
+def copies(params) -> list[Tensor]:
+    """The values as they are now, apart from the model."""
+    return [p.detach().clone() for p in params]
+
+
+def wide(t: Tensor) -> Tensor:
+    """float64, for sums; Apple's GPUs have none."""
+    return t if t.is_mps else t.double()
+
+
+def norm(tensors) -> Tensor:
+    """One norm over all numbers of all tensors."""
+    return sum(wide(t).square().sum() for t in tensors).sqrt()
+
+
+@contextmanager
+def attacked(params, gradient, alpha: float):
+    """Inside: theta - alpha g / ||g||, one norm over all; after: theta again, to the bit."""
+    before = copies(params)
+    scale = alpha / (norm(gradient) + 1e-7)
+    with torch.no_grad():
+        for p, g in zip(params, gradient, strict=True):
+            p.sub_(g * scale.to(g.dtype))
+    try:
+        yield
+    finally:  # from a copy: adding the step back is inexact
+        with torch.no_grad():
+            for p, old in zip(params, before, strict=True):
+                p.copy_(old)
+
+
+# the defender's own rows
+
+
+class DefenderRows:
+    """The defender's own examples: at(step) is a batch, a pure function of seed and step."""
+
+    def __init__(self, examples: list[Example], batch_size: int, seed: int, tokens_per_pass: int,
+                 device):
+        self.examples = examples
+        self.batch_size = min(batch_size, len(examples))
+        self.seed = seed
+        self.tokens_per_pass = tokens_per_pass
+        self.device = device
+
+    def at(self, step: int) -> Batch:
+        return batch_at(self.examples, step, self.batch_size, self.seed, self.tokens_per_pass,
+                        self.device)
+
+
+def align_examples(model, tokenizer, args, answer: str, batch_size: int | None = None,
+                   n: int | None = None, max_len: float | None = None) -> DefenderRows:
+    """The defender's first n prompts with refusals ("response") or harmful replies ("harmful").
+
+    Says on the terminal how many are longer than max_len (default --max-len) and left out.
+    """
+    rows = mixture.align_rows(args)[:n]
+    if answer != "response":
+        rows = [with_answer(row, row[answer]) for row in rows]
+    limit = max_len or args.max_len
+    file = mixture.align_file(args.align_file, args.data_dir)
+    examples, n_dropped = encode_rows(tokenizer, rows, limit)
+    if not examples:
+        raise UserError(f"all {len(rows)} rows of {file} are longer than --max-len {limit} tokens; "
+                        "raise it.")
+    if n_dropped:
+        print(f"{file}: {n_dropped} of {len(rows)} rows dropped as longer than {limit} tokens")
+    device = model.model.embed_tokens.weight.device
+    # Seeded one apart from the upload's order, so that the two do not go in step.
+    return DefenderRows(examples, batch_size or args.batch_size, args.seed + 1,
+                        args.tokens_per_pass, device)
+
+
+def with_answer(row: dict, answer: str) -> dict:
+    """The row with another last turn."""
+    return {**row, "messages": [*row["messages"][:-1], mixture.turn("assistant", answer)]}

@@ -1,0 +1,125 @@
+"""What programs write to disk, and how they know it again: atomic writes, digests, kept replies.
+
+A reply of a model or a verdict of a judge takes long to make and is always the same, so it is kept
+under a digest of all that it depends on, and an interrupted program goes on from what is there.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from model import UserError, weight_files
+
+# What is read of a model's folder besides its weights.
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+               "chat_template.jinja", "generation_config.json")
+AT_ONCE = 256  # questions put to a judge before its answers are kept: our choice
+
+
+def write_atomic(path, data: bytes) -> None:
+    """Writes, syncs, renames: a reader or a crash sees the old file or the new one, never half."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def json_line(value) -> str:
+    """A value as a line of a .jsonl file."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def read_lines(path) -> list[dict]:
+    """The objects of a .jsonl file that a program of this repository wrote."""
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def sha256(*paths) -> str:
+    """One digest over the contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as f:
+                while chunk := f.read(1 << 24):
+                    digest.update(chunk)
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror}); fetch it again.") from None
+    return digest.hexdigest()
+
+
+def model_files(dir) -> list[Path]:
+    """What is read of a model's folder, for its digest."""
+    dir = Path(dir)
+    others = [dir / name for name in MODEL_FILES]
+    return weight_files(dir) + [path for path in others if path.exists()]
+
+
+class Store:
+    """Values in a .jsonl file that only grows, each under a digest of what it depends on."""
+
+    def __init__(self, path: Path, context):
+        """context: what every value depends on besides its own content, for example a model."""
+        self.path = path
+        self.context = context
+        self.values = read_store(path) if path.exists() else {}
+
+    def key(self, *content) -> str:
+        return hashlib.sha256(json.dumps([self.context, content]).encode()).hexdigest()
+
+    def put(self, key: str, value) -> None:
+        self.values[key] = value
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps([key, value]) + "\n")
+
+
+def read_store(path: Path) -> dict:
+    """{key: value} of a store's file; a last line that a kill cut short is removed from it."""
+    *lines, cut_short = path.read_bytes().split(b"\n")
+    if cut_short:
+        os.truncate(path, path.stat().st_size - len(cut_short))
+    try:
+        return dict(json.loads(line) for line in lines)
+    except (ValueError, TypeError):
+        raise UserError(f"{path} holds a line that this program did not write; mend it, or move "
+                        "the file away.") from None
+
+
+def cached(judge, store: Store):
+    """A judge that is asked only for what the store lacks; its answers are kept as they come.
+
+    judge(questions) -> one {"verdict": ...} a question. A failed one, with verdict None, is not
+    kept and so is asked again next time. When all of AT_ONCE questions fail, the rest is not asked
+    and counts as failed like the last of them.
+    """
+    def ask(questions) -> list[dict]:
+        keys = [store.key(*question) for question in questions]
+        new = {}  # each question once
+        for key, question in zip(keys, questions, strict=True):
+            if key not in store.values:
+                new[key] = question
+        waiting = list(new)
+        failed = {}
+        while waiting:
+            now = waiting[:AT_ONCE]
+            waiting = waiting[AT_ONCE:]
+            answers = judge([new[key] for key in now])
+            for key, answer in zip(now, answers, strict=True):
+                if answer["verdict"] is None:
+                    failed[key] = answer
+                else:
+                    store.put(key, answer)
+            if all(answer["verdict"] is None for answer in answers):
+                failed |= dict.fromkeys(waiting, answers[-1])
+                break
+        return [store.values.get(key) or failed[key] for key in keys]
+
+    return ask
