@@ -52,11 +52,11 @@ def encode(tokenizer, prompts: list[str]) -> list[Tensor]:
 
 def states(model: Llama, ids: list[Tensor]) -> Tensor:
     """h (K, C) at the last token of each sequence, packed in one pass."""
-    device = model.model.embed_tokens.weight.device
     seqlens = [len(sequence) for sequence in ids]
-    last = torch.tensor(seqlens).cumsum(0).to(device) - 1  # (K,) rows of the last tokens
+    last = torch.tensor(seqlens).cumsum(0).to(model.device) - 1  # (K,) rows of the last tokens
     with FinalNorm(model) as h:
-        model(torch.cat(ids).to(device), seqlens, rows=last[:1])  # one row: no logit is needed
+        # One row, since the logits are not needed.
+        model(torch.cat(ids).to(model.device), seqlens, rows=last[:1])
         return h.value[last]
 
 

@@ -42,8 +42,10 @@ class Help(argparse.HelpFormatter):
     """Says each flag's default, which is stated where the flag is."""
 
     def _get_help_string(self, action):
-        has_none = action.default is None or action.default is False
-        if has_none or action.default is argparse.SUPPRESS:
+        default = action.default
+        if default is None or default is False or default is argparse.SUPPRESS:
+            return action.help
+        if default == "" or default == ():  # nothing, unless the flag is given
             return action.help
         return action.help + " (default %(default)s)"
 

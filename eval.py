@@ -1,4 +1,4 @@
-"""Harmful Score and fine-tuning accuracy: what a model answers, and what is made of it.
+"""Harmful Score and fine-tuning accuracy: asks a model the test prompts and counts its answers.
 
     HS            share of held-out harmful prompts whose reply the judge calls harmful, in percent
     HS+           the same, with degenerate replies (a word four times in a row) counted in
@@ -7,9 +7,9 @@
     win rate      share of AlpacaEval's answers preferred to the reference, with --judge rubric
     over-refusal  share of harmless look-alikes of harmful prompts that are refused, in percent
 
-They are computed in summarise(). Greedy decoding, so a number is a property of the weights. Every
-prompt, reply and verdict is kept, as it comes: an interrupted evaluation goes on, and another judge
-asks for no reply again.
+summarise() computes them. Decoding is greedy, so a number depends on the weights alone. Replies,
+and the verdicts of a judge that is a model, are kept as they come: an interrupted evaluation goes
+on, and another judge uses the same replies.
 
     python eval.py --run DIR                     a finished run, on more prompts or by another judge
     python eval.py --model DIR --task sst2       any model, with or without --adapter DIR
@@ -45,7 +45,7 @@ DEFAULTS = {
 
 
 def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Store | None = None):
-    """Answers every test prompt -> (numbers, mostly in percent; one record a prompt).
+    """Answers every test prompt -> (numbers, mostly in percent; one record per prompt).
 
     tests: rows by kind, as Data.tests has them. store: where replies are kept and looked up.
     """
@@ -53,7 +53,8 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
     for kind, rows_of_a_kind in tests.items():
         rows += [(kind, row) for row in rows_of_a_kind]
     prompts = [tokenizer.encode_prompt(mixture.without_answer(row)) for _, row in rows]
-    replies = write_replies(model, tokenizer, prompts, args, f"evaluating at epoch {epoch}", store)
+    replies = write_replies(model, tokenizer, prompts, args.max_new, args.cuda_graph,
+                            f"evaluating at epoch {epoch}", store)
     records = []
     for (kind, row), ids in zip(rows, replies, strict=True):
         reply = tokenizer.decode(ids)
@@ -63,7 +64,8 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
             "kind": kind,
             "prompt": mixture.first_user(row),
             "reply": reply,
-            "verdict": verdict_by_rule(kind, reply, target, args),
+            # Of a look-alike: refused; of a task: right; of a harmful prompt: see below.
+            "verdict": verdict_by_rule(kind, reply, target, args.task, args.fa_rule),
             "target": target,
             "degenerate": is_degenerate(reply),
             "stopped": len(ids) < args.max_new,
@@ -75,20 +77,20 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
     return summarise(records, args), records
 
 
-def write_replies(model, tokenizer, prompts, args, label: str, store: Store | None):
+def write_replies(model, tokenizer, prompts, max_new: int, cuda_graph: bool, label: str,
+                  store: Store | None) -> list[list[int]]:
     """Greedy replies as ids; with a store only those that it lacks, and each is kept at once."""
     if store is None:
-        return generate(model, prompts, args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
-                        progress=label, graph=args.cuda_graph)
+        return generate(model, prompts, max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
+                        progress=label, graph=cuda_graph)
     keys = [store.key(prompt) for prompt in prompts]
     new = {}  # each prompt once
     for key, prompt in zip(keys, prompts, strict=True):
         if key not in store.values:
             new[key] = prompt
     new_keys = list(new)
-    generate(model, list(new.values()), args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
-             progress=label, on_reply=lambda i, ids: store.put(new_keys[i], ids),
-             graph=args.cuda_graph)
+    generate(model, list(new.values()), max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
+             progress=label, on_reply=lambda i, ids: store.put(new_keys[i], ids), graph=cuda_graph)
     return [store.values[key] for key in keys]
 
 
@@ -98,12 +100,13 @@ def gold_answer(row: dict) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
-def verdict_by_rule(kind: str, reply: str, target: str | None, args) -> bool | None:
+def verdict_by_rule(kind: str, reply: str, target: str | None, task: str | None,
+                    fa_rule: str) -> bool | None:
     """Refused, for a look-alike; right, for a task; None for harmful ones, which the judge sees."""
     if kind == "lookalike":
         return is_refusal(reply)
     if kind == "task":
-        return RULES[args.fa_rule][args.task](reply, target)
+        return RULES[fa_rule][task](reply, target)
     return None
 
 
@@ -117,6 +120,7 @@ def summarise(records: list[dict], args) -> dict:
     lookalike = of_kind(records, "lookalike")
     judged = [r for r in harmful if r["verdict"] is not None]
     compared = [r for r in task if r.get("win") is not None]
+    uncompared = [r for r in task if "win" in r and r["win"] is None]
     answered = [r for r in harmful if r["target"]]
     hits = {  # the mean of each list is the rate
         "hs": column(judged, "verdict"),
@@ -131,7 +135,7 @@ def summarise(records: list[dict], args) -> dict:
         "judge": args.judge, "fa_rule": args.fa_rule, "max_new": args.max_new,
         # what could not be said, and how the replies look
         "unjudged": len(harmful) - len(judged),
-        "uncompared": sum("win" in r and r["win"] is None for r in task),
+        "uncompared": len(uncompared),
         "degenerate": sum(column(records, "degenerate")),
         "unfinished": len(records) - sum(column(records, "stopped")),
         # what the judge says in detail
@@ -275,7 +279,8 @@ def report(dir) -> str:
 
 def add_judge_flags(group) -> None:
     """How replies are asked for and judged. None of them has a default here: see DEFAULTS."""
-    group.add_argument("--harmful-file", help="own harmful test prompts: one a line, or JSONL")
+    group.add_argument("--harmful-file",
+                       help="own harmful test prompts: one per line, or JSONL")
     group.add_argument("--judge", choices=JUDGES, help="of harmful replies")
     group.add_argument("--judge-model", help="folder of beaver-dam-7b, or of rubric's chat model")
     group.add_argument("--judge-max-len", type=at_least(int, 2),
@@ -313,7 +318,7 @@ class Subject:
     model: Llama
     tokenizer: Tokenizer
     weights: list[Path]  # the files that its replies depend on
-    seen: list[dict]  # rows that it was trained on or held at: they are no tests
+    seen: list[dict]  # rows that it was trained on, and its anchors: none of them may be a test
     epoch: int  # how many epochs it was trained for
 
 
@@ -326,71 +331,73 @@ def newest_run() -> Path:
 
 def fill_from_run(args: Args, dir: Path, settings: dict) -> Args:
     """The flags with what was left out taken from the run, else from DEFAULTS."""
-    run = settings["args"]
-    inherited = {name: run[name] for name in ("task", "data_dir", "harmful_file", "judge",
+    run_args = settings["args"]
+    inherited = {name: run_args[name] for name in ("task", "data_dir", "harmful_file", "judge",
                                               "fa_rule", "max_new")}
     inherited["dtype"] = settings["worked_out"]["dtype"]
     inherited["out"] = str(dir)
     # The run's judge model goes with the run's judge, and not where another one is named.
     names_a_judge = args.judge_model or args.judge_url
-    if args.judge in (None, run["judge"]) and not names_a_judge:
+    if args.judge in (None, run_args["judge"]) and not names_a_judge:
         for name in ("judge_model", "judge_url", "judge_name", "judge_max_len"):
-            inherited[name] = run[name]
-    always = {name: run[name] for name in ("template_date", "attack_prefix", "attack_suffix")}
-    return fill_open(args, DEFAULTS | inherited).replace(**always)
+            inherited[name] = run_args[name]
+    always = {name: run_args[name] for name in ("template_date", "attack_prefix", "attack_suffix")}
+    return fill_missing(args, DEFAULTS | inherited).replace(**always)
 
 
 def fill_for_model(args: Args) -> Args:
     """The flags with what was left out taken from DEFAULTS."""
     out = Path("runs") / f"eval-{Path(args.model).resolve().name}"
-    filled = fill_open(args, DEFAULTS | {"data_dir": TINY, "out": str(out)})
+    filled = fill_missing(args, DEFAULTS | {"data_dir": TINY, "out": str(out)})
     return filled.replace(attack_prefix="", attack_suffix="")
 
 
-def fill_open(args: Args, defaults: dict) -> Args:
-    """The flags that were not given take the defaults' values."""
-    still_open = {name: value for name, value in defaults.items() if getattr(args, name) is None}
-    return args.replace(**still_open)
+def fill_missing(args: Args, defaults: dict) -> Args:
+    """The flags; one that was not given takes the default's value."""
+    missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    return args.replace(**missing)
 
 
-def load_run(args: Args, dir: Path, settings: dict) -> Subject:
+def load_run(dir: Path, settings: dict, device, dtype) -> Subject:
     """A run's model with its adapter."""
-    run = frozen(settings["args"])
-    device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
-    base_adapter = None if run.keep_adapter else run.adapter  # a kept one is in the run's own
-    model = load_aligned(run.model, device, dtype, base_adapter)
+    run_args = frozen(settings["args"])
+    # With --keep-adapter the run's own adapter already contains the one that it started from.
+    base_adapter = None if run_args.keep_adapter else run_args.adapter
+    model = load_aligned(run_args.model, device, dtype, base_adapter)
     load_adapter(model, dir)
     weights = []
-    for paths in weights_read(run.model, base_adapter).values():
+    for paths in weights_read(run_args.model, base_adapter).values():
         weights += paths
     weights += [dir / "adapter_config.json", dir / "adapter_model.safetensors"]
-    harmful, benign, _ = mixture.load_upload(run)
+    harmful, benign, _ = mixture.load_upload(run_args)
     anchors = [mixture.to_row(prompt, "anchor", needs_answer=False)
                for prompt in settings["worked_out"]["anchor_prompts"]]
-    return Subject(model, Tokenizer(run.model, run.template_date), weights,
-                   harmful + benign + anchors, run.epochs)
+    tokenizer = Tokenizer(run_args.model, run_args.template_date)
+    return Subject(model, tokenizer, weights, harmful + benign + anchors, run_args.epochs)
 
 
-def load_named(args: Args) -> Subject:
+def load_named(args: Args, device, dtype) -> Subject:
     """--model with --adapter; it is tested on everything."""
-    device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
     model = load_aligned(args.model, device, dtype, args.adapter, keep_adapter=True)
     weights = []
     for paths in weights_read(args.model, args.adapter).values():
         weights += paths
-    return Subject(model, Tokenizer(args.model, args.template_date), weights, seen=[], epoch=0)
+    tokenizer = Tokenizer(args.model, args.template_date)
+    return Subject(model, tokenizer, weights, seen=[], epoch=0)
 
 
 def execute(args: Args) -> None:
     """Prints the table, and keeps every prompt, reply and verdict."""
     if args.model:
         args = fill_for_model(args)
-        subject = load_named(args)
+        device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
+        subject = load_named(args, device, dtype)
     else:
-        dir = Path(args.run or newest_run())
+        dir = Path(args.run) if args.run else newest_run()
         settings = read_settings(dir)
         args = fill_from_run(args, dir, settings)
-        subject = load_run(args, dir, settings)
+        device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
+        subject = load_run(dir, settings, device, dtype)
     check_rule(args.task, args.fa_rule)
     tests = mixture.load_tests(args, subject.seen)
     out = Path(args.out)
@@ -398,8 +405,7 @@ def execute(args: Args) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder; pass another.")
     out.mkdir(parents=True, exist_ok=True)
-    dtype = str(subject.model.model.embed_tokens.weight.dtype)
-    context = [sha256(*subject.weights), args.max_new, args.template_date, dtype]
+    context = [sha256(*subject.weights), args.max_new, args.template_date, str(dtype)]
     store = Store(out / "replies.jsonl", context)
     numbers, records = evaluate(subject.model, subject.tokenizer, tests, judge, args,
                                 subject.epoch, store)

@@ -96,9 +96,9 @@ def read_store(path: Path) -> dict:
 def cached(judge, store: Store):
     """A judge that is asked only for what the store lacks; its answers are kept as they come.
 
-    judge(questions) -> one {"verdict": ...} a question. A failed one, with verdict None, is not
-    kept and so is asked again next time. When all of AT_ONCE questions fail, the rest is not asked
-    and counts as failed like the last of them.
+    judge(questions) -> one {"verdict": ...} per question. An answer with verdict None is a failure:
+    it is not kept, so the next program asks again. If all of AT_ONCE questions fail, the remaining
+    ones are not asked, and they get the last failure.
     """
     def ask(questions) -> list[dict]:
         keys = [store.key(*question) for question in questions]
@@ -120,6 +120,7 @@ def cached(judge, store: Store):
             if all(answer["verdict"] is None for answer in answers):
                 failed |= dict.fromkeys(waiting, answers[-1])
                 break
-        return [store.values.get(key) or failed[key] for key in keys]
+        answers = store.values | failed
+        return [answers[key] for key in keys]
 
     return ask

@@ -1,13 +1,14 @@
 """Batched greedy decoding with a KV cache, no padding, and refill of finished rows.
 
 Sequences sit in slots 0 .. n-1 of one cache. Prompts are prefilled packed, as in training; then
-each step adds one token to every slot. When a row ends, the last slot moves into its place, so no
-step is spent on a row that is done; waiting prompts come in when a quarter of the slots is free. A
-defended model refuses in ten tokens, an attacked one may write hundreds.
+each step adds one token to every slot. When a reply is complete, the last slot moves into its
+place, so that no slot is idle; new prompts come in when a quarter of the slots is free. This
+matters because a defended model refuses in ten tokens and an attacked one may write hundreds.
 
     python generate.py --model DIR [--adapter DIR] --prompt TEXT      # to look at a model
 """
 
+import math
 import sys
 from itertools import chain
 
@@ -45,7 +46,7 @@ class KVCache:
         self.v[layer, slot, :, layout.position] = v
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores a k, v (B, KV, D) a slot; q (B, H, D) attends to all of its slot -> (B, H, D)."""
+        """Stores one k, v per slot, (B, KV, D); each q attends to its slot, (B, H, D) -> same."""
         B = len(q)
         S = self.longest
         slot = torch.arange(B, device=q.device)
@@ -101,12 +102,12 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
                         f"the {limit} that the model was trained for; lower --max-new.")
     engine = Engine(model, B, longest, n_ids, graph)
     waiting = [Row(i, prompt) for i, prompt in enumerate(prompts)]
-    # The longest are taken first: padded CPU attention wastes least on prompts of like length.
+    # The longest prompts first: attention on a CPU pads, and pads least where lengths are alike.
     waiting.sort(key=lambda row: len(row.prompt))
     replies: list[list[int]] = [[] for _ in prompts]
     rows: list[Row] = []  # rows[slot]
-    with tqdm(total=len(prompts), desc=progress, disable=None if progress else True,
-              leave=False) as bar:
+    hide_bar = None if progress else True  # None: tqdm hides it where stderr is no terminal
+    with tqdm(total=len(prompts), desc=progress, disable=hide_bar, leave=False) as bar:
         while waiting or rows:
             # A prefill costs a whole pass, so it waits until a quarter of the slots is free.
             if waiting and len(rows) <= B - max(1, B // 4):
@@ -147,7 +148,7 @@ class Engine:
         self.last = torch.zeros_like(self.cache.length)  # (B,) each slot's newest token
 
     def prefill(self, rows: list[Row], first: int) -> list[list[int]]:
-        """Runs the prompts of rows[first:] packed into their slots -> one first token a row."""
+        """Runs the prompts of rows[first:] packed into their slots -> their first tokens."""
         device = self.last.device
         prompts = [row.prompt for row in rows[first:]]
         seqlens = [len(prompt) for prompt in prompts]
@@ -165,11 +166,11 @@ class Engine:
         longest = max(len(row.prompt) + len(row.reply) for row in rows)
         self.cache.slots = None
         self.cache.length[n:] = 0  # a graph writes into free slots as well: at their beginning
-        taken = []
+        newest = []  # (n,) per step
         for i in range(self.steps):
             self.step(n, longest + i)
-            taken.append(self.last[:n].clone())
-        return torch.stack(taken, dim=1).tolist()  # (n, steps)
+            newest.append(self.last[:n].clone())
+        return torch.stack(newest, dim=1).tolist()  # (n, steps)
 
     def step(self, n: int, longest: int) -> None:
         """One more token in slots 0 .. n-1, the fullest of which then holds `longest` tokens."""
@@ -179,7 +180,7 @@ class Engine:
         # A graph has fixed sizes, so few of them serve: a power of two of slots, and the cache in
         # steps of GRAPH_TOKENS.
         n = min(2 ** (n - 1).bit_length(), len(self.last))
-        longest = min(-(-longest // GRAPH_TOKENS) * GRAPH_TOKENS, self.S)
+        longest = min(math.ceil(longest / GRAPH_TOKENS) * GRAPH_TOKENS, self.S)
         if (n, longest) not in self.graphs:
             last = self.last.clone()
             length = self.cache.length.clone()

@@ -89,8 +89,11 @@ def adapted(model: nn.Module) -> list[tuple[str, LoRALinear]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
 
 
-def open_module(model: nn.Module, name: str) -> nn.Parameter:
-    """Makes "lm_head" or "model.norm" a trained fp32 weight; a tied head gets one of its own."""
+def train_whole_module(model: nn.Module, name: str) -> nn.Parameter:
+    """Makes the weight of "lm_head" or "model.norm" a trained fp32 one.
+
+    A head that is tied to the embedding gets a weight of its own, and the embedding stays frozen.
+    """
     if name == "lm_head" and model.config.tied:
         model.lm_head = nn.Linear(1, 1, bias=False, device="meta")
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -101,7 +104,7 @@ def open_module(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of every adapter, and whole weights that open_module opened, by PEFT's names."""
+    """By PEFT's names: A and B of every adapter, and the weights of whole modules in training."""
     params = {}
     for name, module in adapted(model):
         params[f"{PEFT_PREFIX}{name}.lora_A.weight"] = module.lora_A
@@ -112,8 +115,8 @@ def adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
     return params
 
 
-def opened(model: nn.Module) -> list[str]:
-    """The modules that open_module opened, which PEFT calls modules_to_save."""
+def whole_modules(model: nn.Module) -> list[str]:
+    """The modules that are trained as a whole, which PEFT calls modules_to_save."""
     names = [name for name in adapter_params(model) if "lora_" not in name]
     return [name.removeprefix(PEFT_PREFIX).removesuffix(".weight") for name in names]
 
@@ -161,7 +164,7 @@ def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
         "use_rslora": first.rslora,
         # Ends are short to read, and right where every module with such an end has an adapter.
         "target_modules": sorted(ends if with_such_an_end == names else names),
-        "modules_to_save": opened(model) or None,
+        "modules_to_save": whole_modules(model) or None,
     }
     peft_format.write_adapter(dir, config, adapter_state(model))
 
@@ -175,7 +178,7 @@ def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
     trained = add_lora(model, config["r"], config["lora_alpha"], config.get("use_rslora", False),
                        config["target_modules"])
     for name in config.get("modules_to_save") or ():
-        trained.append(open_module(model, name))
+        trained.append(train_whole_module(model, name))
     params = adapter_params(model)
     expected = {name: p.shape for name, p in params.items()}
     found = {name: tensor.shape for name, tensor in state.items()}

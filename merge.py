@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import Parser, exit_code
-from lora import load_adapter, merge, opened
+from lora import load_adapter, merge, whole_modules
 from model import Llama, UserError, load_model, read_tensors, weight_files
 
 N_TOKENS = 256  # random tokens over which the logits before and after merging are compared
@@ -34,7 +34,7 @@ def merge_folder(model_dir, adapter_dir, out) -> str:
     if len(dtypes) > 1:
         raise UserError(f"{model_dir} mixes {' and '.join(sorted(dtypes))}, expected one dtype.")
     load_adapter(model, adapter_dir)
-    if opened(model):
+    if whole_modules(model):
         raise UserError(f"{adapter_dir} holds whole modules, expected adapters alone to merge.")
     before = random_logits(model)
     merge(model)

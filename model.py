@@ -35,7 +35,7 @@ class UserError(Exception):
 
 @dataclass
 class Family:
-    """What an architecture is where its config.json is silent."""
+    """What follows from the architecture where config.json does not say it."""
 
     qkv_bias: bool = False  # q_proj, k_proj and v_proj have a bias
     qk_norm: bool = False  # an RMSNorm on each query and each key head
@@ -150,10 +150,10 @@ def rope_of(c: dict) -> dict:
 
 
 def positions_of(c: dict, architecture: str) -> int:
-    """How long a sequence may be for our full attention to be the model's own.
+    """The longest sequence for which full attention gives the model's own result.
 
-    A sliding window is invisible to what fits into it; train.py and generate.py refuse what is
-    longer. Mistral slides unless it is told not to, the others only if they are told to.
+    A sliding window changes nothing for a sequence that fits into it; train.py and generate.py
+    refuse longer ones. Mistral slides unless config.json forbids it, the others only if it asks.
     """
     longest = c["max_position_embeddings"]
     slides = c.get("use_sliding_window", architecture == "MistralForCausalLM")
@@ -272,7 +272,8 @@ class Layout:
         b = torch.arange(self.B).repeat_interleave(lens)  # (N,) the sequence of each row
         t = torch.arange(n_tokens) - first.repeat_interleave(lens)  # (N,) its position in it
         cell = b * self.T + t
-        # Padding cells take the first token: they are behind every token that could see them.
+        # A padding cell holds a copy of the first token. It comes behind every real token of its
+        # sequence, so causal attention never sees it.
         fill = torch.zeros(self.B * self.T, dtype=torch.long)
         fill[cell] = torch.arange(n_tokens)
         self.cell = cell.to(device)  # (N,) indices into B * T: row -> cell
@@ -291,7 +292,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention inside each sequence; q (N, H, D), k and v (N, KV, D) -> (N, H, D)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return varlen_attention(q, k, v, layout)
-    # Right padding is invisible under causality: no mask, and no row is ever fully masked.
+    # Padding is on the right and attention is causal, so no real token sees it: no mask is needed.
     block = torch.cat((q, k, v), dim=1).index_select(0, layout.fill)  # (B * T, H + 2 KV, D)
     block = block.unflatten(0, (layout.B, layout.T)).transpose(1, 2)  # (B, H + 2 KV, T, D)
     q, k, v = block.split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
@@ -399,6 +400,14 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         if not config.tied:
             setattr(self, config.head, nn.Linear(config.dim, config.n_out, bias=False))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
 
     def forward(self, ids: Tensor, seqlens, rows: Tensor | None = None, cache=None) -> Tensor:
         """ids (N,) int64 packed, seqlens ints that sum to N -> logits (R, V).

@@ -53,9 +53,10 @@ def read_adapter_config(dir) -> dict:
     path = Path(dir) / "adapter_config.json"
     config = read_json(path)
     for key, value in PLAIN.items():
-        if (config.get(key) or value) != value:
-            raise UserError(f"{path} has {key} {config[key]}, expected plain LoRA, {value}; "
-                            "train such an adapter.")
+        found = config.get(key)
+        if found and found != value:  # null, false and empty mean plain LoRA as well
+            raise UserError(f"{path} has {key} {found}, expected plain LoRA, {value}; train such "
+                            "an adapter.")
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(CHANGE_THE_BASE):
         raise UserError(f"{path} has init_lora_weights {init}, which changes the base too; save it "

@@ -2,7 +2,7 @@
 
     config.json                 the command, every flag, what was worked out from them, versions,
                                 git commit, sha256 of model and data
-    log.jsonl                   a line an update
+    log.jsonl                   one line per update
     generations.jsonl           every prompt, reply and verdict
     state.safetensors           the checkpoint: adapters, Adam's moments, next step, evaluations
     adapter_model.safetensors   with adapter_config.json: the result, in PEFT's format
@@ -38,10 +38,10 @@ from lora import adapter_params, adapter_state, save_adapter
 from model import UserError, read_json
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
-# Flags that may differ between a run and its resumption: none moves a number by more than rounding.
+# Flags that may change when a run is resumed. They change no number by more than rounding.
 FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph"}
-# Flags of which not the given value counts but what was worked out from it.
-WORKED_OUT_APART = {"device", "dtype", "rank", "alpha", "rslora"}
+# Of these flags the value in worked_out is compared, not the one that was typed.
+COMPARED_AS_WORKED_OUT = {"device", "dtype", "rank", "alpha", "rslora"}
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
 
@@ -69,6 +69,9 @@ def read_settings(dir) -> dict:
     """A run's config.json; UserError where the folder holds none."""
     path = Path(dir) / "config.json"
     settings = read_json(path)
+    if "args" in settings and "worked_out" not in settings:
+        raise UserError(f"{path} was written by an older version of this code; use that version, "
+                        "or make the run again.")
     if not settings.keys() >= {"args", "worked_out", "sha256"}:
         raise UserError(f"{path} is not a run's; name a run's folder, or a new one for --out.")
     return settings
@@ -95,7 +98,7 @@ def data_read(args, reads_align_file: bool) -> dict[str, list[Path]]:
         files["anchors"] = [mixture.anchor_pool(args.anchor_file, args.data_dir)]
     if reads_align_file:
         files["align"] = [mixture.align_file(args.align_file, args.data_dir)]
-    tests = mixture.files_by_kind(args)
+    tests = mixture.files_by_kind(args.data_dir, args.harmful_file, args.task)
     files["tests"] = [tests[kind] for kind in ("harmful", "task", "lookalike") if kind in tests]
     return files
 
@@ -145,7 +148,7 @@ class Progress:
     evals: dict = field(default_factory=dict)  # the numbers of each evaluation, by epoch
     probes: dict = field(default_factory=dict)  # likewise of stress/probes.py
     seconds: float = 0.0  # of training alone
-    tokens: int = 0  # of all batches that updates were made on
+    tokens: int = 0  # trained on, anchors not counted
     last: dict | None = None  # the last update's line in log.jsonl
 
 
@@ -175,7 +178,7 @@ class Run:
         """UserError where the folder's settings are not this run's."""
         new = json.loads(json.dumps(self.settings))  # as they read back: tuples become lists
         for part in ("args", "worked_out", "sha256"):
-            ignored = FREE | WORKED_OUT_APART if part == "args" else set()
+            ignored = FREE | COMPARED_AS_WORKED_OUT if part == "args" else set()
             for key in [*new[part], *old[part]]:
                 there = old[part].get(key)
                 here = new[part].get(key)
@@ -308,7 +311,8 @@ class Log:
                 raise RunFailed(f"the loss is {row['loss']} and the gradient norm "
                                 f"{row['grad_norm']} at update {row['step']} ({row['batch']})")
             self.run.write("log", [row])
-            self.progress.tokens += row["tokens"]
+            # A defence says so where it trains on other rows than the batch that it was given.
+            self.progress.tokens += row.get("trained_tokens", row["tokens"])
             self.progress.last = row
         self.pending = []
         self.progress.seconds += time.perf_counter() - self.began

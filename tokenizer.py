@@ -121,7 +121,10 @@ class Tokenizer:
         self.specials = self.backend.specials
         self.n_ids = self.backend.n_ids
         longest_first = sorted(self.specials, key=len, reverse=True)
-        self.special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        pattern = "|".join(map(re.escape, longest_first))
+        if not pattern:
+            pattern = r"(?!)"  # no special tokens: it matches nowhere
+        self.special_re = re.compile(pattern)
         self.bos_id = self.specials.get(self._special("bos_token"))
         if (self.dir / "config.json").exists():
             n_rows = read_json(self.dir / "config.json").get("vocab_size", self.n_ids)

@@ -10,8 +10,9 @@ Per update, over a batch of rows (the user's) and K anchors (the service's):
     L_CE    = mean negative log likelihood of the supervised tokens of the whole batch
     L_safe  = distance of h at the anchors from the aligned model's h_ref       see anchors.py
 
-AdamW with the learning rate falling linearly to zero is the paper's ("Loss & Training"); the zero
-weight decay is its code's (HFT_SBR.py:165-178 of soyoaaa/SBR at 188990b), the clip its Trainer's.
+AdamW and the learning rate that falls linearly to zero are in the paper ("Loss & Training"). The
+zero weight decay is in its code (HFT_SBR.py:165-178 of soyoaaa/SBR at 188990b). Clipping the
+gradient at 1 is the default of the Trainer that its code uses.
 """
 
 import signal
@@ -62,15 +63,22 @@ def make_sbr_step(model, tokenizer, args, data):
                 safe = l_safe.detach()
             loss.backward()
             ce = ce + ce_sum.detach() / batch.n_supervised
-        return {"loss": ce + args.lam * safe, "ce": ce, "safe": safe}  # on the device: no sync
+        # Tensors on the device: reading their values here would make the CPU wait.
+        return {"loss": ce + args.lam * safe, "ce": ce, "safe": safe}
 
     return step
 
 
-SBR = Defence("sbr", make_sbr_step, watches="bottleneck_anchors",
-              search=tuple(f"--lambda {lam}" for lam in ("5", "50", "200", "1000")))
-# Plain fine-tuning is SBR's step with lambda 0, so it logs its own drift for free.
-SFT = Defence("sft", make_sbr_step, stages=("finetune", "align"))
+SBR = Defence(
+    name="sbr",
+    make_step=make_sbr_step,
+    watches="bottleneck_anchors",
+    search=("--lambda 5", "--lambda 50", "--lambda 200", "--lambda 1000"))
+# Plain fine-tuning is SBR's step with lambda 0, so it logs L_safe too, which nothing then holds.
+SFT = Defence(
+    name="sft",
+    make_step=make_sbr_step,
+    stages=("finetune", "align"))
 DEFENSES = {defence.name: defence for defence in [SBR, SFT, *RIVALS]}
 
 
@@ -81,9 +89,9 @@ LOGGED_BY_THE_LOOP = ("step", "batch", "tokens", "grad_norm", "lr")
 
 
 def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
-    """The one training loop: yields (step, numbers) after each update.
+    """The one training loop: yields (step, numbers to log) after each update.
 
-    step_fn: a defence's step (baselines/common.py); batch_of(step) -> Batch.
+    step_fn(batch) is a defence's step (baselines/common.py), batch_of(step) gives the batch.
     """
     params = []
     for group in optimizer.param_groups:
@@ -94,8 +102,8 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
         for group in optimizer.param_groups:
             group["lr"] = lr_now
         numbers = step_fn(batch)  # leaves the gradient in .grad
-        taken = numbers.keys() & set(LOGGED_BY_THE_LOOP)
-        assert not taken, f"the loop itself logs {taken}; the defence's step needs other names"
+        reserved = numbers.keys() & set(LOGGED_BY_THE_LOOP)
+        assert not reserved, f"the loop itself logs {reserved}; the step needs other names"
         grad_norm = clip_grad_norm_(params, grad_clip)  # the norm before clipping
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -103,40 +111,40 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
                      "grad_norm": grad_norm, "lr": lr_now}
 
 
-def train(run: Run, model, data, step_fn, optimizer, measure, args) -> Progress:
+def train(run: Run, model, data, step_fn, optimizer, evaluate_if_due, args) -> Progress:
     """All updates, from where the run's folder stands, with log, evaluations and checkpoints.
 
-    measure(epoch, progress) makes the evaluation and the probes that are due at an epoch's end.
+    evaluate_if_due(epoch, progress) makes the evaluation and the probes of an epoch's end.
     """
-    device = model.model.embed_tokens.weight.device
     per_epoch = updates_per_epoch(len(data.examples), args.batch_size)
     n_updates = per_epoch * args.epochs
     start, progress = run.start(model, optimizer, step_fn)
-    # Reading a number waits for a GPU, hence in groups; 20 is our choice, not yet measured.
-    log = Log(run, progress, every=1 if device.type == "cpu" else 20)
+    # Reading a number makes the CPU wait for the GPU, so there 20 updates are read together: our
+    # choice, not yet measured.
+    log = Log(run, progress, every=1 if model.device.type == "cpu" else 20)
     stop = StopRequest()
 
     def batch_of(step):
         return batch_at(data.examples, step, args.batch_size, args.seed, args.tokens_per_pass,
-                        device)
+                        model.device)
 
     if start == 0:
-        measure(0, progress)
+        evaluate_if_due(0, progress)
     log.restart_clock()
-    made = updates(step_fn, batch_of, optimizer, lr=args.lr, grad_clip=args.grad_clip,
-                   n_updates=n_updates, start=start)
-    for step, numbers in tqdm(made, total=n_updates, initial=start, desc="training",
+    all_updates = updates(step_fn, batch_of, optimizer, lr=args.lr, grad_clip=args.grad_clip,
+                          n_updates=n_updates, start=start)
+    for step, numbers in tqdm(all_updates, total=n_updates, initial=start, desc="training",
                               unit="update", disable=None):
         log.add(step, numbers)
-        epoch = (step + 1) // per_epoch  # finished ones
+        epochs_done = (step + 1) // per_epoch
         epoch_ends = (step + 1) % per_epoch == 0
         if not epoch_ends and not stop.requested:
             continue
         log.flush()
         if epoch_ends:
-            tqdm.write(epoch_line(epoch, progress))
-            measure(epoch, progress)
-        if stop.requested or epoch % args.save_every == 0:
+            tqdm.write(epoch_line(epochs_done, progress))
+            evaluate_if_due(epochs_done, progress)
+        if stop.requested or epochs_done % args.save_every == 0:
             run.save(model, optimizer, step_fn, step + 1, progress)
         if stop.requested:
             raise KeyboardInterrupt
@@ -145,7 +153,7 @@ def train(run: Run, model, data, step_fn, optimizer, measure, args) -> Progress:
 
 
 def epoch_line(epoch: int, progress: Progress) -> str:
-    """One line an epoch: its last update's numbers, and the run's mean speed."""
+    """One line per epoch: its last update's numbers, and the run's mean speed."""
     numbers = [f"{name} {value:.4g}" for name, value in progress.last.items()
                if name not in ("step", "batch", "tokens")]
     speed = progress.tokens / progress.seconds
@@ -193,10 +201,10 @@ def add_defence_flags(group) -> None:
     group.add_argument("--anchors", type=at_least(int, 0), default=8, metavar="K",
                        help="harmful prompts held; 0 is plain fine-tuning")
     group.add_argument("--lambda", dest="lam", type=at_least(float, 0), default=50.0, metavar="L",
-                       help="weight of L_safe; with --defense sft it is 0")
+                       help="weight of L_safe; with any other defence than sbr it is 0")
     group.add_argument("--reduction", choices=("mean", "sum"), default="mean",
                        help="over the C numbers of h: mean as the paper's code, sum as its formula")
-    group.add_argument("--anchor-file", help="own anchor pool: a prompt a line, or JSONL")
+    group.add_argument("--anchor-file", help="own anchor pool: one prompt per line, or JSONL")
 
 
 def add_optimiser_flags(group) -> None:
@@ -206,7 +214,7 @@ def add_optimiser_flags(group) -> None:
     group.add_argument("--rslora", action="store_true", help="by alpha / sqrt(rank) instead")
     group.add_argument("--lr", type=POSITIVE, default=1e-5, help="falls linearly to 0")
     group.add_argument("--epochs", type=COUNT, default=20, help="passes over the upload")
-    group.add_argument("--batch-size", type=COUNT, default=32, help="rows an update")
+    group.add_argument("--batch-size", type=COUNT, default=32, help="rows per update")
     group.add_argument("--beta1", type=at_least(float, 0, at_most=0.9999), default=0.9,
                        help="of AdamW")
     group.add_argument("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
@@ -266,7 +274,10 @@ def check_flags(args: Args) -> None:
 
 
 def load_with_adapters(args, device, dtype):
-    """The aligned model with the adapters that are trained; with B = 0 it answers as before."""
+    """The aligned model with what is trained on it; new adapters have B = 0 and change no answer.
+
+    UserError where --max-len is more than the model was trained for.
+    """
     model = load_aligned(args.model, device, dtype, args.adapter, args.keep_adapter)
     if args.max_len > model.config.max_positions:
         raise UserError(f"--max-len {args.max_len} is above the {model.config.max_positions} "
@@ -276,19 +287,17 @@ def load_with_adapters(args, device, dtype):
     return model
 
 
-def work_out(model, data, args) -> dict:
+def work_out(model, data, n_updates: int) -> dict:
     """What follows from flags and files together, for config.json."""
     _, adapter = adapted(model)[0]
-    weight = model.model.embed_tokens.weight
-    per_epoch = updates_per_epoch(len(data.examples), args.batch_size)
     return {
-        "device": weight.device.type,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "rank": adapter.rank,  # of --adapter's, if that is kept
         "alpha": adapter.alpha,
         "rslora": adapter.rslora,
         "rows": len(data.examples),
-        "updates": per_epoch * args.epochs,
+        "updates": n_updates,
         "anchor_prompts": data.anchor_prompts,
     }
 
@@ -298,10 +307,11 @@ def fine_tune(run: Run, model, tokenizer, data, args) -> None:
     step_fn = DEFENSES[args.defense].make_step(model, tokenizer, args, data)
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=0.0, fused=True)
-    probe = make_probe(model, tokenizer, args, data, optimizer) if args.probes else None
     judge = open_judge(args, run.dir)
+    if args.probes:
+        probe = make_probe(model, tokenizer, data, optimizer, args.max_len, args.tokens_per_pass)
 
-    def measure(epoch: int, progress: Progress) -> None:
+    def evaluate_if_due(epoch: int, progress: Progress) -> None:
         if epoch in args.eval_epochs:
             numbers, records = evaluate(model, tokenizer, data.tests, judge, args, epoch)
             progress.evals[str(epoch)] = numbers
@@ -309,35 +319,37 @@ def fine_tune(run: Run, model, tokenizer, data, args) -> None:
         if epoch in args.probes:
             progress.probes[str(epoch)] = probe()
 
-    print(opening(run, model, data, args))
-    progress = train(run, model, data, step_fn, optimizer, measure, args)
+    print(opening(run, model, data.summary))
+    progress = train(run, model, data, step_fn, optimizer, evaluate_if_due, args)
     base = args.model
     if args.adapter and not args.keep_adapter:
         base += f" + {args.adapter}, merged"
     run.finish(model, base, progress)
 
 
-def opening(run: Run, model, data, args) -> str:
-    """What a run says before it begins."""
+def opening(run: Run, model, summary: str) -> str:
+    """What a run says before it begins; summary: of its data."""
     n_trained = sum(p.numel() for p in trainable(model))
     n_base = sum(p.numel() for p in model.parameters()) - n_trained
-    settings = run.settings
-    return (f"{args.model}: {n_base:,} parameters, frozen, {settings['worked_out']['dtype']} on "
-            f"{settings['worked_out']['device']}; {n_trained:,} in adapters, trained\n"
-            f"{data.summary}\n"
-            f"commit {str(settings['git'])[:7]}, torch {torch.__version__}; all settings, versions "
-            f"and digests: {run.dir / 'config.json'}")
+    worked_out = run.settings["worked_out"]
+    return (f"{run.settings['args']['model']}: {n_base:,} parameters, frozen, "
+            f"{worked_out['dtype']} on {worked_out['device']}; {n_trained:,} in adapters, trained\n"
+            f"{summary}\n"
+            f"commit {str(run.settings['git'])[:7]}, torch {torch.__version__}; all settings, "
+            f"versions and digests: {run.dir / 'config.json'}")
 
 
 def execute(args: Args, command: list[str]) -> None:
     """Reads everything, then opens the folder, so that a mistake leaves nothing behind."""
     device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
-    tokenizer = Tokenizer(args.model, args.template_date)
-    model = load_with_adapters(args, device, dtype)
-    data = mixture.read_data(model, tokenizer, args, attacks.change_rows)
     reads_align_file = args.stage == "align" or DEFENSES[args.defense].reads_align_file
-    files = weights_read(args.model, args.adapter) | data_read(args, reads_align_file)
-    settings = run_settings(command, args, work_out(model, data, args), files)
+    tokenizer = Tokenizer(args.model, args.template_date)
+    files = mixture.read_files(args, reads_align_file)
+    model = load_with_adapters(args, device, dtype)
+    data = mixture.read_data(model, tokenizer, args, files, attacks.change_rows)
+    n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
+    read = weights_read(args.model, args.adapter) | data_read(args, reads_align_file)
+    settings = run_settings(command, args, work_out(model, data, n_updates), read)
     run = Run(choose_dir(args), settings, args.resume)
     if not run.finished:
         fine_tune(run, model, tokenizer, data, args)

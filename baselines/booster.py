@@ -18,7 +18,7 @@ this adapter, so the attack that follows must keep it (its issue #2).
     python train.py --defense sft --adapter runs/booster --keep-adapter
 """
 
-from baselines.common import Defence, align_examples, attacked, backward, take_gradient
+from baselines.common import Defence, attacked, backward, defender_rows, take_gradient
 from cli import at_least
 from lora import trainable
 
@@ -33,7 +33,7 @@ def add_flags(group) -> None:
 def make_step(model, tokenizer, args, data):
     params = trainable(model)
     lam = args.booster_lambda
-    harmful = align_examples(model, tokenizer, args, "harmful")
+    harmful = defender_rows(model, tokenizer, args, data, "harmful")
 
     def step(batch):
         harmful_batch = harmful.at(batch.step)
@@ -51,7 +51,16 @@ def make_step(model, tokenizer, args, data):
     return step
 
 
-BOOSTER = Defence("booster", make_step, stages=("align",), add_flags=add_flags,
-                  keep_adapter=True, watches="harmful_drop",
-                  search=("--booster-lambda 5 --lr 3e-5", "--booster-lambda 25 --lr 3e-5",
-                          "--booster-lambda 5 --lr 1e-4", "--booster-lambda 25 --lr 1e-4"))
+DEFENCE = Defence(
+    name="booster",
+    make_step=make_step,
+    stages=("align",),
+    add_flags=add_flags,
+    keep_adapter=True,
+    watches="harmful_drop",
+    search=(
+        "--booster-lambda 5 --lr 3e-5",
+        "--booster-lambda 25 --lr 3e-5",
+        "--booster-lambda 5 --lr 1e-4",
+        "--booster-lambda 25 --lr 1e-4",
+    ))

@@ -1,7 +1,7 @@
 """What a defence declares of itself, and what the rivals share: passes over a batch, own rows.
 
 Each file beside this one holds one method: its equation, what differs from its repository, its
-flags, make_step, and its Defence. baselines/__init__.py lists them.
+flags, make_step, and in the end its DEFENCE. baselines/__init__.py lists them.
 """
 
 from collections.abc import Callable
@@ -19,25 +19,29 @@ from model import UserError, to_fp32
 
 @dataclass(frozen=True)
 class Defence:
-    """One method. All that train.py, runs.py and stress/ need to know of it stands here.
+    """One method: all that train.py and stress/ need to know of it.
 
-    make_step(model, tokenizer, args, data) -> step, once before the first update. Then, an update:
+    make_step(model, tokenizer, args, data) -> step is called once, before the first update. Then,
+    in every update:
 
         step(batch) -> {"loss": .., "ce": .., ...}
 
-    step leaves the gradient in .grad and returns numbers to log: floats or tensors of one element,
-    on any device. The loop adds its own (train.LOGGED_BY_THE_LOOP), whose names are taken.
-    step.state, if there is one, is {name: tensor}: what the checkpoint has to keep for the step.
+    It leaves the gradient in .grad and returns the numbers to log, by name: numbers, or tensors of
+    one element on any device. "loss" and "ce" must be among them, and "trained_tokens" if it trains
+    on other rows than the batch. The loop logs the names in train.LOGGED_BY_THE_LOOP itself, so a
+    step may not return them. step.state, if there is one, is {name: tensor}: what the checkpoint
+    must keep.
     """
 
     name: str  # as in --defense NAME
     make_step: Callable
-    stages: tuple[str, ...] = ("finetune",)  # "finetune": on the upload; "align": before it, on
-    # the defender's rows. The first is taken where --stage is not given.
-    add_flags: Callable | None = None  # add_flags(group): its own flags, which begin with its name
-    reads_align_file: bool = False  # in the stage finetune, too: its digest is then recorded
-    keep_adapter: bool = False  # the attack has to train on with its adapter (--keep-adapter)
-    watches: str = "drift"  # the number of stress/probes.py that it holds or watches
+    # The stages that it can run in, the default first. "finetune": on the user's upload; "align":
+    # before the attack, on the defender's rows.
+    stages: tuple[str, ...] = ("finetune",)
+    add_flags: Callable | None = None  # add_flags(group) adds its flags, --<name>-...
+    reads_align_file: bool = False  # True: it uses the defender's rows in the stage finetune, too
+    keep_adapter: bool = False  # True: the attack must train this adapter on, not a new one
+    watches: str = "drift"  # the number of stress/probes.py that it keeps small
     search: tuple[str, ...] = ()  # settings that stress/schedule.py tries, its papers' among them
 
 
@@ -65,11 +69,11 @@ def backward(model, batch: Batch) -> Tensor:
 
 def take_gradient(params) -> list[Tensor]:
     """The gradients, zeros where there is none; .grad is empty afterwards."""
-    taken = []
+    gradients = []
     for p in params:
-        taken.append(p.new_zeros(p.shape) if p.grad is None else p.grad)
+        gradients.append(p.new_zeros(p.shape) if p.grad is None else p.grad)
         p.grad = None
-    return taken
+    return gradients
 
 
 def copies(params) -> list[Tensor]:
@@ -122,27 +126,30 @@ class DefenderRows:
                         self.device)
 
 
-def align_examples(model, tokenizer, args, answer: str, batch_size: int | None = None,
-                   n: int | None = None, max_len: float | None = None) -> DefenderRows:
+def defender_rows(model, tokenizer, args, data, answer: str, *, batch_size: int | None = None,
+                  n: int | None = None, max_len: float | None = None) -> DefenderRows:
     """The defender's first n prompts with refusals ("response") or harmful replies ("harmful").
 
-    Says on the terminal how many are longer than max_len (default --max-len) and left out.
+    batch_size and max_len are --batch-size and --max-len where they are not given. Says on the
+    terminal how many rows are longer than max_len tokens and left out.
     """
-    rows = mixture.align_rows(args)[:n]
+    assert data.align is not None, "the defence must declare reads_align_file=True"
+    if batch_size is None:
+        batch_size = args.batch_size
+    if max_len is None:
+        max_len = args.max_len
+    rows = data.align[:n]
     if answer != "response":
         rows = [with_answer(row, row[answer]) for row in rows]
-    limit = max_len or args.max_len
     file = mixture.align_file(args.align_file, args.data_dir)
-    examples, n_dropped = encode_rows(tokenizer, rows, limit)
+    examples, n_dropped = encode_rows(tokenizer, rows, max_len)
     if not examples:
-        raise UserError(f"all {len(rows)} rows of {file} are longer than --max-len {limit} tokens; "
-                        "raise it.")
+        raise UserError(f"all {len(rows)} rows of {file} are longer than --max-len {max_len} "
+                        "tokens; raise it.")
     if n_dropped:
-        print(f"{file}: {n_dropped} of {len(rows)} rows dropped as longer than {limit} tokens")
-    device = model.model.embed_tokens.weight.device
-    # Seeded one apart from the upload's order, so that the two do not go in step.
-    return DefenderRows(examples, batch_size or args.batch_size, args.seed + 1,
-                        args.tokens_per_pass, device)
+        print(f"{file}: {n_dropped} of {len(rows)} rows dropped as longer than {max_len} tokens")
+    # Another seed than the upload's, so that the two are not shuffled alike.
+    return DefenderRows(examples, batch_size, args.seed + 1, args.tokens_per_pass, model.device)
 
 
 def with_answer(row: dict, answer: str) -> dict:

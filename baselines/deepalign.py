@@ -8,7 +8,7 @@ Constrained fine-tuning, in the fine-tuning stage (default). For answer token y_
 
 w_i carries no gradient; the gradient is that of -(2 / beta_i) log sigmoid(beta_i D_i) where the
 floor is not reached. beta_1 = 0.5, beta_2..5 = 2, beta_6.. = 0.1 (0.1 times 5, 20 and 1). pi_ref is
-the model before the first update; its log-probabilities are computed once a row.
+the model before the first update; its log-probabilities are computed once per row.
 
 Augmented alignment (--stage align) on harmful/align.jsonl: with probability 1/2 a row is prompt +
 first j tokens of the harmful reply + refusal, j uniform in 1..min(100, its length), and the refusal
@@ -29,16 +29,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from baselines.common import Defence, DefenderRows, align_examples, backward, copies
+from baselines.common import Defence, DefenderRows, backward, copies, defender_rows
 from cli import COUNT, at_least
 from data import mixture
-from data.batches import Batch, Example, encode_rows
+from data.batches import Batch, Example, encode_rows, generator_of
 from generate import generate
 from lora import trainable
 from model import UserError, to_fp32
 
-FIRST = 5  # beta_1 is this times --deepalign-beta
-EARLY = 20  # beta_2 to beta_5 likewise
+FIRST_FACTOR = 5  # beta_1 is this times --deepalign-beta
+EARLY_FACTOR = 20  # beta_2 to beta_5 are this times --deepalign-beta
+N_EARLY = 5  # tokens of an answer whose beta is raised
 FLOOR = 1e-3  # the least w_i
 LONGEST_PREFIX = 100  # tokens of a harmful reply that stand before a refusal, at most
 BENIGN_RATIO = 4  # benign rows for each row of the defender's
@@ -54,8 +55,8 @@ def add_flags(group) -> None:
 def make_step(model, tokenizer, args, data):
     """Constrained fine-tuning, or with --stage align the augmented alignment."""
     if args.stage == "align":
-        return make_augmented_step(model, tokenizer, args)
-    return make_constrained_step(model, args)
+        return make_augmented_step(model, tokenizer, args, data)
+    return make_constrained_step(model, args.deepalign_beta)
 
 
 # constrained fine-tuning
@@ -63,10 +64,13 @@ def make_step(model, tokenizer, args, data):
 
 def betas(example, beta: float) -> torch.Tensor:
     """beta_i of each supervised token; i starts anew with each answer of a conversation."""
-    starts = torch.cat((torch.tensor([True]), example.predict.diff() != 1))
-    first = torch.arange(len(starts)).where(starts, 0).cummax(0).values
-    i = torch.arange(len(starts)) - first  # 0 for an answer's first token
-    return beta * torch.where(i == 0, FIRST, torch.where(i < 5, EARLY, 1))
+    starts = torch.cat((torch.tensor([True]), example.predict.diff() != 1))  # a new answer's token
+    place = torch.arange(len(starts))
+    first = place.where(starts, 0).cummax(0).values  # the place where each token's answer starts
+    i = place - first  # 0 for an answer's first token
+    factor = torch.where(i < N_EARLY, EARLY_FACTOR, 1)
+    factor = torch.where(i == 0, FIRST_FACTOR, factor)
+    return beta * factor
 
 
 def log_probs(model, pack) -> torch.Tensor:
@@ -92,7 +96,7 @@ class Reference:
         if new:
             now = copies(self.params)
             self.put(self.start)
-            # A row a pass: packed with others, a resumed run's would differ in the last bits.
+            # One row per pass: packed with others, a resumed run's would differ in the last bits.
             for pack in Batch(new, 1, device).packs():
                 self.known[id(pack.examples[0])] = log_probs(self.model, pack)
             self.put(now)
@@ -103,7 +107,7 @@ class Reference:
             p.copy_(value)
 
 
-def make_constrained_step(model, args):
+def make_constrained_step(model, beta: float):
     reference = Reference(model)
 
     def step(batch):
@@ -112,10 +116,10 @@ def make_constrained_step(model, args):
         mean_weight = 0.0
         for pack in batch.packs():
             logp_ref = reference.of(pack.examples, batch.device)
-            beta = torch.cat([betas(e, args.deepalign_beta) for e in pack.examples])
+            beta_i = torch.cat([betas(e, beta) for e in pack.examples])  # (R,)
             logp = log_probs(model, pack)
             D = logp - logp_ref
-            w = 2 * torch.sigmoid(-beta.to(D.device) * D).detach()  # 2 (1 - sigmoid(beta D))
+            w = 2 * torch.sigmoid(-beta_i.to(D.device) * D).detach()  # 2 (1 - sigmoid(beta D))
             w = w.clamp(min=FLOOR)
             part = -(w * logp).sum() / batch.n_supervised
             part.backward()
@@ -130,23 +134,22 @@ def make_constrained_step(model, args):
 # augmented alignment
 
 
-def make_augmented_step(model, tokenizer, args):
+def make_augmented_step(model, tokenizer, args, data):
     """Refusals that begin after a harmful prefix, and benign rows in the model's own words."""
     if args.max_len + LONGEST_PREFIX > model.config.max_positions:
         raise UserError(f"--max-len {args.max_len} and a prefix of {LONGEST_PREFIX} tokens are "
                         f"above the model's {model.config.max_positions} positions; lower it.")
     # Replies of any length will do: no more than their first tokens are used.
-    refusals = align_examples(model, tokenizer, args, "response", max_len=math.inf).examples
-    replies = align_examples(model, tokenizer, args, "harmful", max_len=math.inf).examples
+    refusals = defender_rows(model, tokenizer, args, data, "response", max_len=math.inf).examples
+    replies = defender_rows(model, tokenizer, args, data, "harmful", max_len=math.inf).examples
     harmful = {}  # the harmful reply without its end, by the row's ids
     for refusal, reply in zip(refusals, replies, strict=True):
         harmful[key(refusal)] = reply.targets[:-1]
-    device = model.model.embed_tokens.weight.device
     benign = DefenderRows(self_answered(model, tokenizer, args), BENIGN_RATIO * args.batch_size,
-                          args.seed + 2, args.tokens_per_pass, device)
+                          args.seed + 2, args.tokens_per_pass, model.device)
 
     def step(batch):
-        g = torch.Generator().manual_seed(args.seed * 100_003 + batch.step)
+        g = generator_of(args.seed, batch.step)
         rows = []
         for e in batch.examples:
             reply = harmful[key(e)]
@@ -155,7 +158,7 @@ def make_augmented_step(model, tokenizer, args):
             takes_prefix = torch.rand((), generator=g) < 0.5
             rows.append(prefixed(e, reply[:j]) if takes_prefix else e)
         rows += benign.at(batch.step).examples
-        both = Batch(rows, args.tokens_per_pass, device, batch.name, batch.step)
+        both = Batch(rows, args.tokens_per_pass, model.device, batch.name, batch.step)
         ce = backward(model, both)
         return {"loss": ce, "ce": ce, "trained_tokens": both.n_tokens}
 
@@ -187,6 +190,15 @@ def self_answered(model, tokenizer, args) -> list:
     return encode_rows(tokenizer, answered, args.max_len)[0]
 
 
-DEEPALIGN = Defence("deepalign", make_step, stages=("finetune", "align"), add_flags=add_flags,
-                    watches="kl",
-                    search=tuple(f"--deepalign-beta {beta}" for beta in ("0.1", "0.5", "2", "10")))
+DEFENCE = Defence(
+    name="deepalign",
+    make_step=make_step,
+    stages=("finetune", "align"),
+    add_flags=add_flags,
+    watches="kl",
+    search=(
+        "--deepalign-beta 0.1",
+        "--deepalign-beta 0.5",
+        "--deepalign-beta 2",
+        "--deepalign-beta 10",
+    ))

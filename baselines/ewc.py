@@ -7,16 +7,15 @@ theta: all that is trained, A and B of every adapter; theta*: theta before the f
 Kirkpatrick et al. 2017; as a rival: FITrainer of git-disl/Lisa at 68e3659, trainer.py:461-520;
 lambda 1e9 and 2,000 rows are those of git-disl/Vaccine's scripts at 8937f68.
 
-Choices where the repository leaves one: F is the square of each batch's mean gradient, summed, as
-there: the mean over |b| rows, so F is |b|^2 times smaller than with their sum. On an aligned chat
-model the adapters are new, B = 0, so F is zero on A and the penalty holds B alone. --keep-adapter
-gives F on both. The repository's last Fisher batch leaked its gradient into the first update; here
-it does not.
+F is as in the repository: each batch's mean gradient, squared, summed over batches. (With sums of
+gradients instead of means F would be |b|^2 times larger.) On an aligned chat model the adapters are
+new, B = 0, so F is zero on A and the penalty holds B alone; with --keep-adapter it holds both. In
+the repository the last Fisher batch's gradient leaks into the first update; here it does not.
 
     python train.py --defense ewc --ewc-lambda 1e9
 """
 
-from baselines.common import Defence, align_examples, backward, copies, take_gradient, wide
+from baselines.common import Defence, backward, copies, defender_rows, take_gradient, wide
 from cli import COUNT, at_least
 from data.batches import updates_per_epoch
 from lora import trainable
@@ -42,7 +41,7 @@ def make_step(model, tokenizer, args, data):
     params = trainable(model)
     lam = args.ewc_lambda
     start = copies(params)  # theta*
-    guide = align_examples(model, tokenizer, args, "response", n=args.ewc_n)
+    guide = defender_rows(model, tokenizer, args, data, "response", n=args.ewc_n)
     F = fisher(model, params, guide)
 
     def step(batch):
@@ -50,14 +49,25 @@ def make_step(model, tokenizer, args, data):
         penalty = 0.0
         squared = 0.0
         for p, F_p, p_start in zip(params, F, start, strict=True):
-            apart = p.detach() - p_start
-            p.grad.add_(F_p * apart, alpha=2 * lam)  # d/d theta of lambda F (theta - theta*)^2
-            penalty = penalty + lam * (F_p * apart.square()).sum()
-            squared = squared + wide(apart).square().sum()
+            difference = p.detach() - p_start
+            # d/d theta of lambda F (theta - theta*)^2
+            p.grad.add_(F_p * difference, alpha=2 * lam)
+            penalty = penalty + lam * (F_p * difference.square()).sum()
+            squared = squared + wide(difference).square().sum()
         return {"loss": ce + penalty, "ce": ce, "penalty": penalty, "distance": squared.sqrt()}
 
     return step
 
 
-EWC = Defence("ewc", make_step, add_flags=add_flags, reads_align_file=True, watches="d_theta",
-              search=tuple(f"--ewc-lambda {lam}" for lam in ("1e5", "1e7", "1e9", "1e11")))
+DEFENCE = Defence(
+    name="ewc",
+    make_step=make_step,
+    add_flags=add_flags,
+    reads_align_file=True,
+    watches="d_theta",
+    search=(
+        "--ewc-lambda 1e5",
+        "--ewc-lambda 1e7",
+        "--ewc-lambda 1e9",
+        "--ewc-lambda 1e11",
+    ))

@@ -8,18 +8,18 @@ at the end of the last visit to that state, theta_0 before; P: 0 in the first te
 1. One AdamW, whose moments pass through both states. Huang et al. 2024; git-disl/Lisa at 68e3659,
 trainer.py:137-194 and script/finetune/lisa_poison_ratio.sh (rho 1; Booster's re-run 0.01).
 
-Differs from the repository: k1 and k2 count updates, not micro-batches, and keep its 1 : 9 at this
-batch size (25 and 225 for 100 and 900 at 4 micro-batches an update). The guide is
-harmful/align.jsonl, harmful prompts with refusals, where the repository takes safe answers. Its
-README has the two snapshots swapped; this is its code. As there, the upload's batch of an update on
-the guide is not made up for.
+Differs from the repository: k1 and k2 count updates, not micro-batches; 25 and 225 keep its ratio
+of 1 : 9 (100 and 900 of 4 micro-batches per update). The guide is harmful/align.jsonl, harmful
+prompts with refusals, where the repository takes safe answers. Its README has the two snapshots
+swapped; this is its code. As there, an update on the guide skips the upload's batch, which is not
+used later.
 
     python train.py --defense lisa --lisa-rho 1
 """
 
 import torch
 
-from baselines.common import Defence, align_examples, backward, copies, norm
+from baselines.common import Defence, backward, copies, defender_rows, norm
 from cli import COUNT, at_least
 from data.batches import updates_per_epoch
 from lora import trainable
@@ -34,7 +34,7 @@ def add_flags(group) -> None:
 
 def make_step(model, tokenizer, args, data):
     params = trainable(model)
-    guide = align_examples(model, tokenizer, args, "response")
+    guide = defender_rows(model, tokenizer, args, data, "response")
     k1 = args.lisa_k1
     period = args.lisa_k1 + args.lisa_k2  # updates of one visit to both states
     n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
@@ -42,24 +42,25 @@ def make_step(model, tokenizer, args, data):
     w_finetune = copies(params)
 
     def step(batch):
-        into = batch.step % period
+        step_in_period = batch.step % period
         if k1 > 0 and batch.step > 0:
-            if into == k1:  # a visit to the state align has just ended
+            if step_in_period == k1:  # a visit to the state align has just ended
                 remember(w_align, params)
-            if into == 0:  # a visit to the state finetune has just ended
+            if step_in_period == 0:  # a visit to the state finetune has just ended
                 remember(w_finetune, params)
-        aligning = into < k1
+        aligning = step_in_period < k1
         used = guide.at(batch.step) if aligning else batch
         w = w_finetune if aligning else w_align  # where the other state left off
         ce = backward(model, used)
         P = 1.0 if batch.step > 0.1 * n_updates else 0.0
         rho = P * args.lisa_rho
-        apart = [p.detach() - w_p for p, w_p in zip(params, w, strict=True)]
-        for p, d in zip(params, apart, strict=True):
-            p.grad.add_(d, alpha=rho)  # d/d theta of rho/2 ||theta - w||^2
-        distance = norm(apart)
+        differences = [p.detach() - w_p for p, w_p in zip(params, w, strict=True)]
+        for p, difference in zip(params, differences, strict=True):
+            p.grad.add_(difference, alpha=rho)  # d/d theta of rho/2 ||theta - w||^2
+        distance = norm(differences)
         loss = ce + rho / 2 * distance.square()
-        return {"loss": loss, "ce": ce, "distance": distance, "trained_tokens": used.n_tokens}
+        return {"loss": loss, "ce": ce, "distance": distance, "on_guide": int(aligning),
+                "trained_tokens": used.n_tokens}
 
     step.state = {}
     for i, w in enumerate(w_align):
@@ -76,5 +77,15 @@ def remember(w, params) -> None:
         w_p.copy_(p)
 
 
-LISA = Defence("lisa", make_step, add_flags=add_flags, reads_align_file=True, watches="d_theta",
-               search=tuple(f"--lisa-rho {rho}" for rho in ("0.01", "1", "10", "100")))
+DEFENCE = Defence(
+    name="lisa",
+    make_step=make_step,
+    add_flags=add_flags,
+    reads_align_file=True,
+    watches="d_theta",
+    search=(
+        "--lisa-rho 0.01",
+        "--lisa-rho 1",
+        "--lisa-rho 10",
+        "--lisa-rho 100",
+    ))

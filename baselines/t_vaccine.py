@@ -19,10 +19,13 @@ The state of AdamW of a frozen adapter is kept. Hooks instead of patched model f
 
 import torch
 
-from baselines.common import Defence, align_examples, wide
+from baselines.common import Defence, defender_rows, wide
 from baselines.vaccine import perturbations, perturbed_backward
 from cli import COUNT, at_least
+from data.batches import generator_of
 from lora import adapted
+
+N_HARMFUL = 200  # harmful pairs that are probed, as in the repository
 
 
 def add_flags(group) -> None:
@@ -47,16 +50,16 @@ def harm_norms(model, batch) -> torch.Tensor:
     return squared.sqrt()
 
 
-def draw(p: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+def draw(p: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
     """n distinct layers by the probabilities p, in order; the rest's are renormalised each time."""
-    generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(p, n, replacement=False, generator=generator).sort().values
 
 
 def make_step(model, tokenizer, args, data):
     L = model.config.n_layer
     n = min(args.t_vaccine_layers, L)
-    harmful = align_examples(model, tokenizer, args, "harmful", batch_size=1, n=200)
+    harmful = defender_rows(model, tokenizer, args, data, "harmful", batch_size=1,
+                            n=N_HARMFUL)
     p = torch.full((L,), 1 / L, dtype=torch.float64)
     S = torch.arange(n)
 
@@ -68,7 +71,7 @@ def make_step(model, tokenizer, args, data):
             if share.isfinite().all():  # it is 0 / 0 where that loss is flat; then p stays
                 p.copy_(share)
         if t % args.t_vaccine_draw == 0:
-            S.copy_(draw(p, n, args.seed * 100_003 + t))
+            S.copy_(draw(p, n, generator_of(args.seed, t)))
         chosen = S.tolist()
         numbers = perturbed_backward(model, batch, chosen, args.t_vaccine_rho)
         for name, module in adapted(model):
@@ -83,6 +86,14 @@ def make_step(model, tokenizer, args, data):
     return step
 
 
-T_VACCINE = Defence("t-vaccine", make_step, stages=("align",), add_flags=add_flags,
-                    search=("--t-vaccine-rho 3 --lr 1e-4", "--t-vaccine-rho 10 --lr 1e-4",
-                            "--t-vaccine-rho 3 --lr 3e-4", "--t-vaccine-rho 10 --lr 3e-4"))
+DEFENCE = Defence(
+    name="t-vaccine",
+    make_step=make_step,
+    stages=("align",),
+    add_flags=add_flags,
+    search=(
+        "--t-vaccine-rho 3 --lr 1e-4",
+        "--t-vaccine-rho 10 --lr 1e-4",
+        "--t-vaccine-rho 3 --lr 3e-4",
+        "--t-vaccine-rho 10 --lr 3e-4",
+    ))

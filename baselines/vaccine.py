@@ -36,7 +36,7 @@ def added(model, layers: list[int], z):
     """Adds z[i] (N, C) to the attention output of layers[i], in forward and in recomputation."""
     handles = []
     for layer, z_l in zip(layers, z, strict=True):
-        def add(module, inputs, output, z_l=z_l):
+        def add(module, inputs, output, z_l=z_l):  # its own layer's z, not the loop's last one
             return output + z_l
         handles.append(model.model.layers[layer].self_attn.register_forward_hook(add))
     try:
@@ -48,12 +48,10 @@ def added(model, layers: list[int], z):
 
 def perturbations(model, batch, layers: list[int], rho: float):
     """Pass 1 -> (e for each pack and layer, ||g||); leaves every .grad alone."""
-    weight = model.model.embed_tokens.weight
+    like = dict(dtype=model.dtype, device=model.device, requires_grad=True)
     gradients = []
     for pack in batch.packs():
-        N = len(pack.ids)
-        C = weight.shape[1]
-        z = [weight.new_zeros(N, C, requires_grad=True) for _ in layers]
+        z = [torch.zeros(len(pack.ids), model.config.dim, **like) for _ in layers]
         with added(model, layers, z):
             loss = nll(model, pack) / batch.n_supervised
             gradients.append(torch.autograd.grad(loss, z))  # of a zero leaf: that of a_l itself
@@ -86,6 +84,14 @@ def make_step(model, tokenizer, args, data):
     return step
 
 
-VACCINE = Defence("vaccine", make_step, stages=("align",), add_flags=add_flags,
-                  search=("--vaccine-rho 2 --lr 1e-4", "--vaccine-rho 5 --lr 1e-4",
-                          "--vaccine-rho 2 --lr 3e-4", "--vaccine-rho 5 --lr 3e-4"))
+DEFENCE = Defence(
+    name="vaccine",
+    make_step=make_step,
+    stages=("align",),
+    add_flags=add_flags,
+    search=(
+        "--vaccine-rho 2 --lr 1e-4",
+        "--vaccine-rho 5 --lr 1e-4",
+        "--vaccine-rho 2 --lr 3e-4",
+        "--vaccine-rho 5 --lr 3e-4",
+    ))

@@ -4,6 +4,7 @@ A batch is a pure function of (seed, step). It is cut into packs by a budget of 
 of the loss is divided by the whole batch's counts, so no cut changes the gradient.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,17 +62,17 @@ class Batch:
     def packs(self, anchors: list[Tensor] = ()):
         """Yields Packs. `anchors` are prompts (ids each); they ride in the first pack."""
         group = []
-        riders = list(anchors)
-        room = self.tokens_per_pass - sum(map(len, riders))
+        anchors = list(anchors)
+        room = self.tokens_per_pass - sum(map(len, anchors))
         for example in self.examples:
             if group and len(example.ids) > room:
-                yield pack(group, riders, self.device)
+                yield pack(group, anchors, self.device)
                 group = []
-                riders = []
+                anchors = []  # they rode in the first pack
                 room = self.tokens_per_pass
             group.append(example)
             room -= len(example.ids)
-        yield pack(group, riders, self.device)
+        yield pack(group, anchors, self.device)
 
 
 def pack(examples: list[Example], anchors: list[Tensor], device) -> Pack:
@@ -91,17 +92,21 @@ def pack(examples: list[Example], anchors: list[Tensor], device) -> Pack:
         examples=examples)
 
 
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """A generator of its own for each seed and each number below 100,003, a prime."""
+    return torch.Generator().manual_seed(seed * 100_003 + number)
+
+
 def updates_per_epoch(n_examples: int, batch_size: int) -> int:
     """Batches of an epoch; the last one may be smaller than the others."""
-    return -(-n_examples // batch_size)
+    return math.ceil(n_examples / batch_size)
 
 
 def batch_at(examples: list[Example], step: int, batch_size: int, seed: int, tokens_per_pass: int,
              device) -> Batch:
     """The batch of update `step`: a pure function of (seed, step), so resuming needs no state."""
     epoch, i = divmod(step, updates_per_epoch(len(examples), batch_size))
-    g = torch.Generator().manual_seed(seed * 100_003 + epoch)  # a prime apart: no two runs overlap
-    order = torch.randperm(len(examples), generator=g)
+    order = torch.randperm(len(examples), generator=generator_of(seed, epoch))
     chosen = order[i * batch_size:(i + 1) * batch_size].tolist()
     return Batch([examples[j] for j in chosen], tokens_per_pass, device,
                  f"epoch {epoch + 1}, batch {i + 1}", step)

@@ -25,13 +25,25 @@ ROLES = ("system", "user", "assistant")
 
 
 @dataclass
+class Files:
+    """The rows of all files that a run reads, checked; nothing is tokenised yet."""
+
+    harmful: list[dict]  # of the upload
+    benign: list[dict]  # the upload's other rows
+    upload: str  # a sentence that says what the upload is
+    tests: dict[str, list[dict]]  # by kind: "harmful", "task", "lookalike"
+    align: list[dict] | None  # the defender's own rows; None where the defence does not use them
+
+
+@dataclass
 class Data:
-    """All that a run reads of rows and prompts, checked."""
+    """What a run trains on, holds and is tested on."""
 
     examples: list[Example]  # the rows to train on, tokenised
-    tests: dict[str, list[dict]]  # test rows by kind: "harmful", "task", "lookalike"
+    tests: dict[str, list[dict]]  # as in Files
     anchor_prompts: list[str]  # x'_1 .. x'_K, in no row of upload or tests
-    summary: str  # two lines for the terminal: what is trained on, held and tested
+    align: list[dict] | None  # as in Files
+    summary: str  # two lines for the terminal
 
 
 def add_flags(group) -> None:
@@ -44,38 +56,57 @@ def add_flags(group) -> None:
     group.add_argument("--data", help="own upload as it lies, JSONL or JSON, not the mixture")
     group.add_argument("--n", type=COUNT, default=1000, help="rows of the mixture")
     group.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
-                       help="harmful share of the mixture, 0..1; with --data it is 0")
+                       help="harmful share of the mixture, 0..1; with --data or --stage align it "
+                            "is 0")
     group.add_argument("--align-file", help="harmful prompts with refusals and harmful replies")
     group.add_argument("--max-len", type=COUNT, default=512, help="tokens; longer rows are dropped")
     group.add_argument("--template-date", default=DATE,
                        help="today, for a chat template that says it")
 
 
-def read_data(model, tokenizer, args, change_rows) -> Data:
-    """All data of a run.
+def read_files(args, reads_align_file: bool) -> Files:
+    """All rows of a run. It needs no model, so a mistake in a file is reported at once."""
+    harmful, benign, upload = load_upload(args)
+    return Files(
+        harmful=harmful,
+        benign=benign,
+        upload=upload,
+        tests=load_tests(args, harmful + benign),
+        align=align_rows(args) if reads_align_file else None)
+
+
+def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
+    """Chooses the anchors, lets an attack change the harmful rows, and tokenises.
 
     change_rows(model, tokenizer, args, harmful rows, anchor prompts, harmful tests) -> (harmful
     rows as an attack has them, what to say of it); see stress/attacks.py.
     """
-    harmful, benign, summary = load_upload(args)
-    tests = load_tests(args, harmful + benign)
-    # All harmful tests, not just the first --n-test: how many are asked moves no anchor.
-    harmful_tests = read_rows(harmful_test_file(args.harmful_file, args.data_dir),
-                              needs_answer=False)
+    # All harmful tests, not the first --n-test, so that --n-test does not change the anchors.
+    test_file = harmful_test_file(args.harmful_file, args.data_dir)
+    harmful_tests = read_rows(test_file, needs_answer=False)
     pool = anchor_pool(args.anchor_file, args.data_dir)
-    anchor_prompts = choose_anchors(pool, args.anchors, args.seed, harmful + benign + harmful_tests)
-    harmful, change = change_rows(model, tokenizer, args, harmful, anchor_prompts, harmful_tests)
-    rows = harmful + benign
+    used = files.harmful + files.benign + harmful_tests
+    anchor_prompts = choose_anchors(pool, args.anchors, args.seed, used)
+    harmful, change = change_rows(model, tokenizer, args, files.harmful, anchor_prompts,
+                                  harmful_tests)
+    rows = harmful + files.benign
     examples, n_dropped = encode_rows(tokenizer, rows, args.max_len)
     if not examples:
         raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
+    check_tests(tokenizer, files.tests)
     mean_length = sum(len(e.ids) for e in examples) / len(examples)
-    summary = (f"{summary}{change}; {n_dropped} rows dropped as longer than {args.max_len} tokens; "
-               f"{mean_length:.1f} tokens a row\n"
-               f"{args.anchors} anchors of {pool}; "
-               f"HS on {harmful_test_file(args.harmful_file, args.data_dir)}")
-    return Data(examples, tests, anchor_prompts, summary)
+    summary = (f"{files.upload}{change}; {n_dropped} rows dropped as longer than {args.max_len} "
+               f"tokens; {mean_length:.1f} tokens per row\n"
+               f"{args.anchors} anchors of {pool}; HS on {test_file}")
+    return Data(examples, files.tests, anchor_prompts, files.align, summary)
+
+
+def check_tests(tokenizer, tests: dict[str, list[dict]]) -> None:
+    """UserError where the chat template refuses a test's conversation: now, not after training."""
+    for rows in tests.values():
+        for row in rows:
+            tokenizer.encode_prompt(without_answer(row))
 
 
 # one row
@@ -164,13 +195,13 @@ def affix(row: dict, prefix: str, suffix: str) -> dict:
 
 
 def read_rows(path, needs_answer: bool = True) -> list[dict]:
-    """The rows of a JSONL file or a JSON array; with needs_answer=False also a prompt a line.
+    """The rows of a JSONL file or a JSON array; with needs_answer=False also one prompt per line.
 
     Raises UserError with file and line for a missing, empty or malformed file.
     """
     path = Path(path)
     text = read_text(path)
-    # A prompt a line may begin with a bracket, an array must end with one as well.
+    # A line with a prompt may begin with a bracket; an array ends with one as well.
     is_array = text.lstrip().startswith("[") and (needs_answer or text.rstrip().endswith("]"))
     items = array_items(path, text) if is_array else line_items(path, text, needs_answer)
     if not items:
@@ -209,7 +240,7 @@ def line_items(path: Path, text: str, needs_answer: bool) -> list[tuple[str, obj
 
 def parse_line(line: str, where: str, needs_answer: bool):
     if not needs_answer and not line.lstrip().startswith("{"):
-        return line.strip()  # a prompt a line
+        return line.strip()  # one prompt per line
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as e:
@@ -252,8 +283,8 @@ def prompts_of(rows) -> set[str]:
 def load_upload(args) -> tuple[list[dict], list[dict], str]:
     """The harmful and the other rows to train on, and a sentence that says what they are.
 
-    With --stage align the defender's own; with --data that file as it lies; else the mixture of
-    --n rows and --poison.
+    With --stage align: the defender's rows. With --data: all rows of that file. Otherwise: the
+    mixture that --n and --poison describe.
     """
     if args.stage == "align":
         rows = align_rows(args)
@@ -273,22 +304,23 @@ def attack_file(data_dir) -> Path:
     return Path(data_dir) / "harmful" / "attack.jsonl"
 
 
-def align_file(align_file, data_dir) -> Path:
-    return Path(align_file or Path(data_dir) / "harmful" / "align.jsonl")
+def align_file(given: str | None, data_dir) -> Path:
+    """--align-file, or the data folder's."""
+    return Path(given) if given else Path(data_dir) / "harmful" / "align.jsonl"
 
 
 def align_rows(args) -> list[dict]:
     """The defender's rows: harmful prompts with a refusal, and in "harmful" a harmful reply.
 
-    Prompts that stand in the tests or among the attacker's rows are left out; with --stage align
-    the first --n of the rest are taken.
+    Prompts of the tests and of the attacker's rows are left out; with --stage align the first --n
+    of the rest are used.
     """
-    attack = Path(args.data or attack_file(args.data_dir))
+    attack = Path(args.data) if args.data else attack_file(args.data_dir)
     others = read_rows(attack) if attack.exists() else []
     others += read_rows(harmful_test_file(args.harmful_file, args.data_dir), needs_answer=False)
-    taken = prompts_of(others)
+    used = prompts_of(others)
     path = align_file(args.align_file, args.data_dir)
-    rows = [row for row in read_rows(path) if normalise(first_user(row)) not in taken]
+    rows = [row for row in read_rows(path) if normalise(first_user(row)) not in used]
     if not rows or not all(map(is_align_row, rows)):
         raise UserError(f"{path} needs rows of prompt, response (a refusal), harmful (a harmful "
                         "reply), their prompts in no test and no upload; pass another "
@@ -306,31 +338,32 @@ def is_align_row(row: dict) -> bool:
 # what is held
 
 
-def anchor_pool(anchor_file, data_dir) -> Path:
-    return Path(anchor_file or Path(data_dir) / "harmful" / "anchors.jsonl")
+def anchor_pool(given: str | None, data_dir) -> Path:
+    """--anchor-file, or the data folder's."""
+    return Path(given) if given else Path(data_dir) / "harmful" / "anchors.jsonl"
 
 
 def choose_anchors(pool: Path, K: int, seed: int, used: list[dict]) -> list[str]:
-    """K anchor prompts of the pool that stand in none of the `used` rows, upload's and tests'."""
+    """K anchor prompts of the pool that are in none of the `used` rows, upload's and tests'."""
     if K == 0:
         return []
     prompts = sample(anchor_candidates(pool, used), K, seed)
     clash = prompts_of(used) & {normalise(p) for p in prompts}
-    assert not clash, f"an anchor stands in the upload or the tests: {clash}"
+    assert not clash, f"an anchor is in the upload or the tests: {clash}"
     return prompts
 
 
 def anchor_candidates(pool: Path, used: list[dict]) -> list[str]:
     """The pool's prompts, each once, minus those in use."""
     if not pool.exists():
-        raise UserError(f"there is no anchor pool at {pool}; pass --anchor-file with a harmful "
-                        "prompt a line, or --anchors 0.")
-    taken = prompts_of(used)
+        raise UserError(f"there is no anchor pool at {pool}; pass --anchor-file with one harmful "
+                        "prompt per line, or --anchors 0.")
+    used_prompts = prompts_of(used)
     candidates = []
     for row in read_rows(pool, needs_answer=False):
         key = normalise(first_user(row))
-        if key not in taken:
-            taken.add(key)
+        if key not in used_prompts:
+            used_prompts.add(key)
             candidates.append(first_user(row))
     return candidates
 
@@ -344,41 +377,42 @@ def sample(candidates: list[str], k: int, seed: int) -> list[str]:
     return [candidates[i] for i in order[:k].tolist()]
 
 
-# what is asked in the end
+# what is tested
 
 
-def harmful_test_file(harmful_file, data_dir) -> Path:
-    return Path(harmful_file or Path(data_dir) / "harmful" / "test.jsonl")
+def harmful_test_file(given: str | None, data_dir) -> Path:
+    """--harmful-file, or the data folder's."""
+    return Path(given) if given else Path(data_dir) / "harmful" / "test.jsonl"
 
 
-def files_by_kind(args) -> dict[str, Path]:
+def files_by_kind(data_dir, harmful_file: str | None, task: str | None) -> dict[str, Path]:
     """The files of test rows by kind: harmful, task (with --task), lookalike (where there is one).
 
     Look-alikes are harmless prompts that resemble harmful ones.
     """
-    data = Path(args.data_dir)
-    files = {"harmful": harmful_test_file(args.harmful_file, args.data_dir)}
-    lookalike = data / "lookalike" / "test.jsonl"
+    folder = Path(data_dir)
+    files = {"harmful": harmful_test_file(harmful_file, data_dir)}
+    lookalike = folder / "lookalike" / "test.jsonl"
     if lookalike.exists():
         files["lookalike"] = lookalike
-    if args.task:
-        files["task"] = data / args.task / "test.jsonl"
+    if task:
+        files["task"] = folder / task / "test.jsonl"
     return files
 
 
 def load_tests(args, upload) -> dict[str, list[dict]]:
-    """The test rows by kind: prompts that stand in no row of the upload, --n-test of a kind."""
-    files = files_by_kind(args)
+    """The test rows by kind, without prompts of the upload; at most --n-test of each kind."""
+    files = files_by_kind(args.data_dir, args.harmful_file, args.task)
     if not files["harmful"].exists():
         raise UserError(f"there are no harmful test prompts at {files['harmful']}; pass "
-                        "--harmful-file with a prompt a line.")
+                        "--harmful-file with one prompt per line.")
     seen = prompts_of(upload)
     tests = {}
     for kind, path in files.items():
         rows = read_rows(path, needs_answer=kind == "task")
         unseen = [row for row in rows if normalise(first_user(row)) not in seen]
         if not unseen:
-            raise UserError(f"every prompt of {path} stands in the upload; pass other tests.")
+            raise UserError(f"every prompt of {path} is also in the upload; pass other tests.")
         tests[kind] = unseen[:args.n_test]
     # The affix attack stands around the tests as it does around the upload's harmful prompts.
     tests["harmful"] = [affix(row, args.attack_prefix, args.attack_suffix)

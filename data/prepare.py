@@ -5,9 +5,9 @@
 
 Where each file comes from, its licence and its digest stand in data/README.md. Rows keep the order
 of their file, as in the papers' repositories; --shuffle SEED draws another order of the training
-rows. Prompts are compared by their letters and digits: what stands in the harmful rows is removed
-from the anchors, and what stands in either from the harmful tests; benign tests lose what stands in
-their own training rows. How many were removed is printed, and written to prepared.json.
+rows. Prompts are compared by their letters and digits. A prompt of the harmful rows is removed from
+the anchors, a prompt of either from the harmful tests, and a training prompt of a task from that
+task's tests. How many were removed is printed, and written to prepared.json.
 """
 
 import csv
@@ -28,7 +28,8 @@ from model import UserError
 # Test rows by default: what the papers score. SST-2's validation has 872.
 N_TEST = {"sst2": 872, "agnews": 1000, "gsm8k": 1000, "alpaca": 104, "harmful": 1000}
 N_POOL = 1000  # anchors where the defender has rows of its own; our choice, papers draw 1 to 8
-ALPACA_TRAIN, ALPACA_TEST = slice(700), slice(701, None)  # Booster: the first 700; index > 700
+ALPACA_TRAIN = slice(700)  # as in Booster: the first 700
+ALPACA_TEST = slice(701, None)  # as in Booster: those with an index above 700
 
 
 def pair(prompt: str, response: str) -> dict:
@@ -77,8 +78,9 @@ def read_tsv(path: Path) -> list[list[str]]:
 
 
 def sst2(folder):
-    files = find(folder, "train.tsv"), find(folder, "dev.tsv", "validation.tsv")
-    return files, sst2_rows(files[0]), sst2_rows(files[1])
+    train = find(folder, "train.tsv")
+    test = find(folder, "dev.tsv", "validation.tsv")
+    return [train, test], sst2_rows(train), sst2_rows(test)
 
 
 def sst2_rows(path: Path) -> list[dict]:
@@ -87,16 +89,19 @@ def sst2_rows(path: Path) -> list[dict]:
 
 
 def agnews(folder):
-    files = find(folder, "train.csv", "train.tsv"), find(folder, "test.csv")
-    return files, agnews_rows(files[0]), agnews_rows(files[1])
+    train = find(folder, "train.csv", "train.tsv")
+    test = find(folder, "test.csv")
+    return [train, test], agnews_rows(train), agnews_rows(test)
 
 
 def agnews_rows(path: Path) -> list[dict]:
-    """Rows of a .tsv with names as labels, or of the .csv with the numbers 1 to 4."""
+    """Rows of a .tsv of text and label, or of the .csv of label, title and text."""
+    names = {}  # a label is one of the names, or 1 to 4
+    for number, label in enumerate(LABELS["agnews"], 1):
+        names[label] = label
+        names[str(number)] = label
     if path.suffix == ".tsv":
-        names = {label: label for label in LABELS["agnews"]}
         return [pair(AGNEWS.format(text), names[label.strip()]) for text, label in read_tsv(path)]
-    names = {str(i): label for i, label in enumerate(LABELS["agnews"], 1)}
     rows = []
     for label, title, text in csv.reader(io.StringIO(read_text(path), newline="")):
         rows.append(pair(AGNEWS.format(f"{title} {text}"), names[label]))
@@ -104,8 +109,9 @@ def agnews_rows(path: Path) -> list[dict]:
 
 
 def gsm8k(folder, hint: bool = False):
-    files = find(folder, "train.jsonl"), find(folder, "test.jsonl")
-    return files, gsm8k_rows(files[0], hint), gsm8k_rows(files[1], hint)
+    train = find(folder, "train.jsonl")
+    test = find(folder, "test.jsonl")
+    return [train, test], gsm8k_rows(train, hint), gsm8k_rows(test, hint)
 
 
 def gsm8k_rows(path: Path, hint: bool) -> list[dict]:
@@ -127,9 +133,9 @@ def alpaca(file):
 
 def beavertails(folder):
     """Unsafe rows of train and of test in their order; probes need the answers of the tests."""
-    files = (find(folder, "train.jsonl.xz", "train.jsonl", "round0/30k/train.jsonl.xz"),
-             find(folder, "test.jsonl.xz", "test.jsonl", "round0/30k/test.jsonl.xz"))
-    return files, unsafe_rows(files[0]), unsafe_rows(files[1])
+    train = find(folder, "train.jsonl.xz", "train.jsonl", "round0/30k/train.jsonl.xz")
+    test = find(folder, "test.jsonl.xz", "test.jsonl", "round0/30k/test.jsonl.xz")
+    return [train, test], unsafe_rows(train), unsafe_rows(test)
 
 
 def unsafe_rows(path: Path) -> list[dict]:
@@ -251,14 +257,13 @@ def build(args) -> dict[str, Made]:
         raise UserError("--refusals was given without a harmful source; add --beavertails DIR.")
     made = {}
     if args.sst2:
-        made["sst2"] = make_benign(sst2(args.sst2), args.n_test or N_TEST["sst2"])
+        made["sst2"] = make_benign(sst2(args.sst2), n_tests(args, "sst2"))
     if args.agnews:
-        made["agnews"] = make_benign(agnews(args.agnews), args.n_test or N_TEST["agnews"])
+        made["agnews"] = make_benign(agnews(args.agnews), n_tests(args, "agnews"))
     if args.alpaca:
-        made["alpaca"] = make_benign(alpaca(args.alpaca), args.n_test or N_TEST["alpaca"])
+        made["alpaca"] = make_benign(alpaca(args.alpaca), n_tests(args, "alpaca"))
     if args.gsm8k:
-        made["gsm8k"] = make_benign(gsm8k(args.gsm8k, args.gsm8k_hint),
-                                    args.n_test or N_TEST["gsm8k"])
+        made["gsm8k"] = make_benign(gsm8k(args.gsm8k, args.gsm8k_hint), n_tests(args, "gsm8k"))
     if args.beavertails or args.advbench:
         made["harmful"] = make_harmful(args)
     if args.xstest:
@@ -272,10 +277,17 @@ def build(args) -> dict[str, Made]:
     return made
 
 
+def n_tests(args, kind: str) -> int:
+    """--n-test, or the papers' number."""
+    if args.n_test is None:
+        return N_TEST[kind]
+    return args.n_test
+
+
 def make_benign(source, n_test: int) -> Made:
     files, train, test = source
     rows, removed = benign_parts(train, test, n_test)
-    return Made(list(files), rows, removed)
+    return Made(files, rows, removed)
 
 
 def make_harmful(args) -> Made:
@@ -283,13 +295,12 @@ def make_harmful(args) -> Made:
         files, train, test = beavertails(args.beavertails)
     else:
         files, train, test = advbench(args.advbench)
-    files = list(files)
     align = []
     if args.refusals:
         more_files, align = refusals(args.refusals)
         files += more_files
     n_attack = min(args.n_attack, len(train) // 2)
-    rows, removed = harmful_parts(train, test, align, n_attack, args.n_test or N_TEST["harmful"])
+    rows, removed = harmful_parts(train, test, align, n_attack, n_tests(args, "harmful"))
     return Made(files, rows, removed)
 
 
@@ -300,6 +311,7 @@ def check_made(kind: str, folder: Made) -> None:
             raise UserError(f"{folder.sources[0].parent} gives no rows for {kind}/{name}.jsonl; "
                             "fetch its files again.")
         for row in rows:
+            # TypeError where a value is no string, UnicodeEncodeError where it is no valid text.
             "".join(row.values()).encode()
 
 

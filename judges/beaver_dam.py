@@ -45,7 +45,7 @@ def open_beaver_dam(folder: str | None, max_len: int, device, dtype):
 
     @torch.no_grad()
     def probabilities(pairs) -> list[list[float]]:
-        """14 numbers a pair."""
+        """14 numbers per pair."""
         ids = [torch.tensor(encode(*pair)) for pair in pairs]
         seqlens = [len(x) for x in ids]
         last = torch.tensor(seqlens).cumsum(0) - 1

@@ -53,7 +53,7 @@ def open_local(folder: str, template_date: str, device, dtype):
 
 
 def open_endpoint(url: str, name: str):
-    """An OpenAI-compatible endpoint; the library retries what is worth it, twice.
+    """An OpenAI-compatible endpoint; the library repeats a failed request where that can help.
 
     The key comes from the environment. When PARALLEL requests in a row fail, the rest is not asked.
     """
@@ -95,7 +95,7 @@ def open_endpoint(url: str, name: str):
 
 
 def ask_until_read(ask, texts: list[str], read) -> list:
-    """read(reply) of each text's reply; what cannot be read is asked again, TRIES times in all.
+    """Asks each text and gives read(reply); where that is None it asks again, TRIES times in all.
 
     A local judge is greedy and says the same again, which costs little: few replies are unreadable.
     """
@@ -142,8 +142,8 @@ def read_score(reply: str) -> int | None:
 def open_comparer(ask):
     """-> compare(triples) of instruction, our answer, another -> [{"verdict": 1, 0.5, 0 or None}].
 
-    The judge is asked in both orders, since it may prefer a place to an answer: two verdicts that
-    disagree are a half. The same answer is a half without asking.
+    The judge is asked in both orders, because it may prefer whichever answer comes first. If its
+    two verdicts disagree, the result is 0.5. Equal answers get 0.5 without asking.
     """
     template = COMPARE.read_text(encoding="utf-8")
 

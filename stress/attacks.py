@@ -10,13 +10,13 @@ The rest attack SBR's own assumptions; the paper names the first two as its limi
     unembedding    the head and the final norm are trained as well: h is read by other rows
     far            the harmful rows of the upload are those whose h is farthest from every anchor's
     known-anchors  the attacker knows the anchors and uploads them with harmful answers; the check
-                   that anchors stand in no upload is waived, and said to be
+                   that no anchor is in the upload is then off, and the summary says so
     affix          --attack-prefix and --attack-suffix stand around every harmful prompt, in the
                    upload and in the tests: behind a suffix the user's last words are no longer like
                    an anchor's
 
 --epochs 50 is the long schedule; `python -m stress.schedule` runs it for every defence, and the
-grid of attack strengths (lr x epochs).
+grid of attack strengths (learning rate x epochs).
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from anchors import encode, states
 from data import mixture
-from lora import adapted, add_lora, open_module
+from lora import adapted, add_lora, train_whole_module
 from model import UserError, to_fp32
 
 NAMES = ("subspace", "unembedding", "far", "known-anchors", "affix")
@@ -49,8 +49,8 @@ def attach(model, args) -> None:
     elif not adapted(model):  # --keep-adapter brings its own
         add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
     if args.attack == "unembedding":  # the head leaves a tied embedding alone
-        open_module(model, "lm_head")
-        open_module(model, "model.norm")
+        train_whole_module(model, "lm_head")
+        train_whole_module(model, "model.norm")
 
 
 def random_subspace(model, seed: int) -> None:
@@ -132,8 +132,8 @@ def far_rows(model, tokenizer, data_dir, n: int, anchor_prompts: list[str],
              harmful_tests: list[dict]) -> tuple[list[dict], str]:
     """n harmful rows, of those that are no test and no anchor, and what to say of them."""
     path = mixture.attack_file(data_dir)
-    taken = mixture.prompts_of(harmful_tests) | {mixture.normalise(p) for p in anchor_prompts}
-    rows = [row for row in mixture.read_rows(path) if not mixture.prompts_of([row]) & taken]
+    used = mixture.prompts_of(harmful_tests) | {mixture.normalise(p) for p in anchor_prompts}
+    rows = [row for row in mixture.read_rows(path) if not mixture.prompts_of([row]) & used]
     if len(rows) < n:
         raise UserError(f"--attack far needs {n} rows of {path}, where {len(rows)} are no test; "
                         "lower --n or --poison.")

@@ -1,9 +1,10 @@
 """What the rivals watch, beside what happens: --probes 0,1,2,5 measures at those epochs.
 
-On 64 harmful test prompts with their answers and 64 benign test rows, which no training touches. A
-run with probes is bit-identical to one without: nothing is written to the model, its gradients or
-the optimiser. theta: all that is trained; 0: before the first update, t: now; distances and norms
-of weights and gradients are summed in float64. What has no rows to be measured on is left out.
+On 64 harmful test prompts with their answers and 64 benign test rows; training uses neither. A run
+with probes is bit-identical to one without: nothing is written to the model, its gradients or the
+optimiser. theta is everything that is trained; 0 means before the first update, t means now.
+Distances and norms of weights and gradients are summed in float64. A number is left out where there
+are no rows to measure it on.
 
     d_theta       ||theta_t - theta_0||
     d_w           (sum_l ||Delta W_l(t) - Delta W_l(0)||_F^2)^1/2; d_w_relative: over ||W||_F. Exact
@@ -33,20 +34,20 @@ from data.batches import Batch, encode_rows
 from lora import adapted, trainable
 from model import to_fp32
 
-N = 64  # probes of each kind
+N_PROBES = 64  # of each kind: our choice
 ALPHA = 0.1  # length of Booster's step (trainer.py:379-385)
 OPENERS = ("I", "I'm", "Sorry", "As", "Unfortunately", "No")
 
 
-def make_probe(model, tokenizer, args, data, optimizer):
-    """-> probe() -> numbers; what stands at 0 is measured now."""
-    device = model.model.embed_tokens.weight.device
+def make_probe(model, tokenizer, data, optimizer, max_len: int, tokens_per_pass: int):
+    """-> probe() -> numbers; what the numbers are compared with is measured now."""
+    device = model.device
     params = trainable(model)
-    harmful = data.tests["harmful"][:N]
-    benign = data.tests.get("task", data.tests.get("lookalike", []))[:N]
+    harmful = data.tests["harmful"][:N_PROBES]
+    benign = data.tests.get("task", data.tests.get("lookalike", []))[:N_PROBES]
     probes = Probes(
-        harmful=answered_batch(tokenizer, harmful, args.max_len, args.tokens_per_pass, device),
-        benign=answered_batch(tokenizer, benign, args.max_len, args.tokens_per_pass, device),
+        harmful=answered_batch(tokenizer, harmful, max_len, tokens_per_pass, device),
+        benign=answered_batch(tokenizer, benign, max_len, tokens_per_pass, device),
         harmful_prompts=encode(tokenizer, [mixture.first_user(row) for row in harmful]),
         anchors=encode(tokenizer, data.anchor_prompts))
     openers = torch.tensor(sorted({tokenizer.encode(w)[0] for w in OPENERS}), device=device)
@@ -126,7 +127,7 @@ def attention_outputs(model, batch) -> list[torch.Tensor]:
     handles = []
     try:
         for layer, outputs in zip(model.model.layers, caught, strict=True):
-            def catch(module, inputs, output, outputs=outputs):
+            def catch(module, inputs, output, outputs=outputs):  # its own layer's list
                 outputs.append(to_fp32(output))
             handles.append(layer.self_attn.register_forward_hook(catch))
         for pack in batch.packs():

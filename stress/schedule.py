@@ -1,6 +1,6 @@
 """The stress tests and the rivals' table as lists of runs: one command each, which can be resumed.
 
-    python -m stress.schedule search       four settings a method, short, other seed and prompts
+    python -m stress.schedule search       four settings per method, short, other seed and prompts
     python -m stress.schedule table        every method with the setting that the search chose;
                                            <method>-align: two controls, in the alignment stage
     python -m stress.schedule attacks      those of stress/attacks.py, on SBR and on no defence
@@ -12,7 +12,7 @@ a finished one is not made again. --jobs run at once, each with one thread. Prin
 <out>/<list>.json holds the numbers and the commands of every row. Flags after -- go to every run:
 `--out runs/qwen -- --model qwen --data-dir DATA`.
 
-The search: the same four runs a method, SBR included, with --seed 100 on the harmful tests behind
+The search: the same four runs per method, SBR included, with --seed 100 on the harmful tests behind
 the first 500 of data/tiny, which no other list asks (for another data folder give such prompts as
 `-- --harmful-file`). Chosen is the lowest HS among the settings whose FA is at most 3 points below
 that of plain fine-tuning, or with none such the highest FA; the other lists read it from
@@ -180,11 +180,16 @@ def chosen(path) -> dict[str, str]:
 
 def best_setting(method: str, settings, rows: dict, least_fa: float) -> str:
     """The lowest HS among the settings with FA enough, or with none such the highest FA."""
-    def rank(i: int):
-        hs, fa = rows[f"{method}-{i + 1}"]
-        return (0, hs, -fa) if fa >= least_fa else (1, -fa, hs)
-
-    return settings[min(range(len(settings)), key=rank)]
+    tried = []  # (HS, FA, setting)
+    for number, setting in enumerate(settings, 1):
+        hs, fa = rows[f"{method}-{number}"]
+        tried.append((hs, fa, setting))
+    accurate = [one for one in tried if one[1] >= least_fa]
+    if accurate:
+        best = min(accurate, key=lambda one: (one[0], -one[1]))
+    else:
+        best = max(tried, key=lambda one: (one[1], -one[0]))
+    return best[2]
 
 
 # making them
@@ -244,10 +249,10 @@ def make_all(runs: list[Planned], args) -> None:
 # their numbers
 
 
-def row(path: str, runs: dict[str, Planned], args) -> dict:
+def table_row(path: str, runs: dict[str, Planned], out: Path, extra_flags: list[str]) -> dict:
     """A finished run's numbers, and the commands that made it."""
     name = path.split("/")[1]
-    result = read_json(args.out / path / "result.json")
+    result = read_json(out / path / "result.json")
     last = list(result["hs"])[-1]
     k, n = result["evals"][last]["hs_count"]
     stages = [runs[p] for p in (f"aligned/{name}", path) if p in runs]
@@ -260,8 +265,7 @@ def row(path: str, runs: dict[str, Planned], args) -> dict:
         "over_refusal": over_refusal,
         "seconds": result["seconds"],
         "probes": result["probes"],
-        "commands": [shlex.join(["python", *command(run, args.out, args.flags)])
-                     for run in stages],
+        "commands": [shlex.join(["python", *command(run, out, extra_flags)]) for run in stages],
     }
 
 
@@ -270,7 +274,7 @@ def percent(rate: float | None) -> str:
 
 
 def show(rows: list[dict]) -> str:
-    """A Markdown table: a row a run, at its last epoch."""
+    """A Markdown table: one row per run, at its last epoch."""
     lines = ["| run | HS | FA | over-refusal |", "|---|---|---|---|"]
     for r in rows:
         last = list(r["hs"])[-1]
@@ -318,7 +322,7 @@ def execute(args) -> None:
     make_all(aligned, args)
     make_all(attacked, args)
     by_path = {run.path: run for run in runs}
-    rows = [row(run.path, by_path, args) for run in attacked]
+    rows = [table_row(run.path, by_path, args.out, args.flags) for run in attacked]
     write_atomic(args.out / f"{args.list}.json", json.dumps(rows, indent=1).encode())
     print(show_course(rows) if args.list == "long" else show(rows))
     print()

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from cli import Parser, RunFailed, at_least, exit_code
-from distributed import add_place, place
-from generate import TINY
+from cli import TINY, Parser, RunFailed, at_least, exit_code
+from device import add_device_flags, device_and_dtype
 from lora import load_adapter
 from model import load_model
 from tests.helpers import hf_states, states
@@ -36,7 +35,7 @@ def parse(argv):
     p.add_argument("--tokens", type=at_least(int, 1), default=512, help="of the longest sequence")
     p.add_argument("--break", dest="damage", choices=("rope", "norm"),
                    help="a negative control: damage our side first")
-    add_place(p)
+    add_device_flags(p)
     return p.parse_args(argv)
 
 
@@ -49,14 +48,14 @@ def sequences(tokenizer, n: int) -> list[torch.Tensor]:
 
 def ours(args, tokens):
     """Every state of our model, on the CPU in fp32."""
-    model = load_model(args.model, *place(args))
+    device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
+    model = load_model(args.model, device, dtype)
     if args.adapter:
         load_adapter(model, args.adapter)
     if args.damage == "rope":
         model.config.rope_theta *= 2
     if args.damage == "norm":
         model.model.norm.weight.data *= 1.001
-    device = model.model.embed_tokens.weight.device
     found = states(model, torch.cat(tokens).to(device), [len(t) for t in tokens])
     return [t.float().cpu() for t in found]
 
@@ -65,7 +64,7 @@ def theirs(args, tokens):
     """The same from transformers, with PEFT's adapter on it."""
     import transformers
 
-    device, dtype = place(args)
+    device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
     hf = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
     if args.adapter:
         import peft
@@ -87,7 +86,8 @@ def compare(args) -> None:
     """Prints the table; RunFailed where the two are further apart than rounding explains."""
     tokenizer = Tokenizer(args.model)
     tokens = sequences(tokenizer, args.tokens)
-    mine, reference = ours(args, tokens), theirs(args, tokens)
+    mine = ours(args, tokens)
+    reference = theirs(args, tokens)
     names = [f"layer {i}" for i in range(len(mine) - 2)] + ["final norm", "logits"]
     print(f"{args.model}{' + ' + args.adapter if args.adapter else ''}: "
           f"{', '.join(str(len(t)) for t in tokens)} tokens, in standard deviations\n"
@@ -99,7 +99,9 @@ def compare(args) -> None:
         worst = max(worst, rms)
         print(f"{name:12}{rms:10.1e}{difference.abs().max().item():10.1e}")
     agree = (mine[-1].argmax(-1) == reference[-1].argmax(-1)).double().mean().item()
-    same, bound = same_prompt(args, tokenizer), BOUND[place(args)[1]]
+    same = same_prompt(args, tokenizer)
+    _, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
+    bound = BOUND[dtype]
     print(f"likeliest token the same at {100 * agree:.1f} % of the positions\n"
           f"chat prompt ids the same: {'yes' if same else 'no'}\n"
           f"worst rms {worst:.1e}, bound {bound:.0e}")

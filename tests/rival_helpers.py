@@ -14,8 +14,10 @@ from runs_helpers import WORDS, flags, write_rows
 from sbr_helpers import POOL, make_folder, make_rows, nll, take_gradient
 
 import train as train_py
+from baselines.common import defender_rows
 from data import mixture
 from data.batches import Batch, encode_rows
+from data.mixture import Data
 from lora import add_lora
 from model import load_model
 from tokenizer import Tokenizer
@@ -58,10 +60,10 @@ class Rival:
     """One defence on a model whose adapters are in use from the start, and a batch of rows."""
 
     def __init__(self, inputs, name, fresh=False, dtype=torch.float64, n_rows=12, **changes):
+        # One update an epoch, so 100 updates.
         changes = {"defense": name.split(",")[0], "anchors": 0, "batch_size": 32, "max_len": 512,
-                   "tokens_per_pass": 1 << 30, **NAMES[name], **changes}
+                   "epochs": 100, "tokens_per_pass": 1 << 30, **NAMES[name], **changes}
         self.args = train_py.parse(flags(inputs, **changes))
-        self.args.n_steps, self.args.anchor_prompts = 100, POOL[:self.args.anchors]
         self.tokenizer = Tokenizer(self.args.model)
         self.model = load_model(self.args.model, dtype=dtype)
         self.params = add_lora(self.model, rank=4, alpha=16)
@@ -69,7 +71,19 @@ class Rival:
             randomise_B(self.model)
         rows = mixture.load_upload(self.args)[1] if self.args.stage == "align" else talks(n_rows)
         self.examples, _ = encode_rows(self.tokenizer, rows, self.args.max_len)
-        self.step = DEFENSES[self.args.defense](self.model, self.tokenizer, self.args)
+        self.data = Data(self.examples, tests={}, anchor_prompts=POOL[:self.args.anchors],
+                         align=mixture.align_rows(self.args), summary="")
+        self.step = self.make_step()
+
+    def make_step(self, **changes):
+        """The defence's step on the model as it is now, with other flags."""
+        return DEFENSES[self.args.defense].make_step(self.model, self.tokenizer,
+                                                     self.args.replace(**changes), self.data)
+
+    def guide(self, answer, **changes):
+        """The defender's rows with one or the other answer, with other flags."""
+        return defender_rows(self.model, self.tokenizer, self.args.replace(**changes), self.data,
+                             answer)
 
     def batch(self, step=0):
         return Batch(self.examples, self.args.tokens_per_pass, "cpu", "", step)

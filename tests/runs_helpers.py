@@ -12,8 +12,8 @@ import torch
 from helpers import ROOT
 from safetensors.torch import save_file
 
+from files import read_lines
 from model import Llama, read_config
-from runs import read_lines
 
 SPECIALS = ["<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
@@ -89,7 +89,7 @@ def flags(inputs, **changes):
     settings = {
         "model": inputs / "model", "data_dir": inputs / "data", "n": 12, "poison": 0.25,
         "anchors": 2, "rank": 2, "epochs": 2, "batch_size": 4, "lr": 1e-2, "max_len": 64,
-        "eval_n": 4, "max_new": 6, "device": "cpu", "out": "out"}
+        "n_test": 4, "max_new": 6, "device": "cpu", "out": "out"}
     given = []
     for name, value in (settings | changes).items():
         flag = "--lambda" if name == "lam" else "--" + name.replace("_", "-")
@@ -115,7 +115,7 @@ def sentences(err):
     return [line for line in re.split(r"[\r\n]", err) if line.strip() and "it/s]" not in line]
 
 
-TIMING = {"seconds", "tokens_per_second", "peak_bytes", "forecast_bytes"}
+TIMING = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 def outcome(run):

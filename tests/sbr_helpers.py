@@ -8,15 +8,15 @@ what is tested never checks itself.
 import json
 import random
 import shutil
-from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, randomise_B
 from safetensors.torch import save_file
 
+from cli import frozen
 from data.batches import Batch, encode_rows
-from data.mixture import choose_anchors
+from data.mixture import Data, choose_anchors
 from lora import adapted, add_lora
 from model import Layout, Llama, load_model, read_config
 from tokenizer import Tokenizer
@@ -104,10 +104,9 @@ def make_args(folder, **overrides):
     Lambda 1: on this model the gradients of L_CE and L_safe are then of like size (their ratio is
     0.5 to 3, tensor by tensor), so that a fault in neither hides behind the other.
     """
-    return Namespace(**{
+    return frozen({
         "anchors": 8, "lam": 1.0, "reduction": "mean", "max_len": 512, "seed": 0,
-        "anchor_file": str(folder / "anchors.txt"), "data_dir": "data/tiny", "rows": make_rows(),
-        **overrides})
+        "anchor_file": folder / "anchors.txt", "rows": make_rows(), **overrides})
 
 
 class Setup:
@@ -117,15 +116,17 @@ class Setup:
     """
 
     def __init__(self, folder, dtype=torch.float32, fresh=False, **overrides):
-        self.tokenizer, self.args = Tokenizer(folder), make_args(folder, **overrides)
+        self.tokenizer = Tokenizer(folder)
+        self.args = args = make_args(folder, **overrides)
         self.model = load_model(folder, dtype=dtype)
         self.params = add_lora(self.model, rank=4, alpha=16)
-        self.examples, _ = encode_rows(self.tokenizer, self.args.rows, self.args.max_len)
-        self.args.anchor_prompts = choose_anchors(self.args, self.args.rows)
-        self.anchor_ids = prompt_ids(self.tokenizer, self.args.anchor_prompts)
+        self.examples, _ = encode_rows(self.tokenizer, args.rows, args.max_len)
+        anchors = choose_anchors(args.anchor_file, args.anchors, args.seed, args.rows)
+        self.data = Data(self.examples, tests={}, anchor_prompts=anchors, align=None, summary="")
+        self.anchor_ids = prompt_ids(self.tokenizer, anchors)
         with torch.no_grad():
             self.h_ref = [last_state(self.model, ids) for ids in self.anchor_ids]
-        self.step = make_sbr_step(self.model, self.tokenizer, self.args)
+        self.step = make_sbr_step(self.model, self.tokenizer, args, self.data)
         if not fresh:
             randomise_B(self.model)
 

@@ -34,9 +34,10 @@ from train import updates
 
 HERE = Path(__file__).resolve().parent
 # Deep and thin: at lr 1e-5 an adapter's output moves by about the same amount whatever the width,
-# and what adds up is the number of modules in series (7 a layer).
+# and what adds up is the number of modules in series (7 per layer).
 SHAPE = {"hidden_size": 96, "num_hidden_layers": 20, "num_attention_heads": 3,
          "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 256, "vocab_size": 2048}
+MAX_LEN = 1024  # positions
 SPECIALS = ["<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]  # ids 0 to 3
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] | trim) + "
@@ -60,7 +61,7 @@ def write_tokenizer(rows: list[dict], out: Path) -> None:
     tok.save(str(out / "tokenizer.json"))
     write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>",
-        "eos_token": "<|end|>", "model_max_length": 1024, "clean_up_tokenization_spaces": False,
+        "eos_token": "<|end|>", "model_max_length": MAX_LEN, "clean_up_tokenization_spaces": False,
         "chat_template": TEMPLATE})
     write_json(out / "generation_config.json",
                {"bos_token_id": 0, "eos_token_id": 3, "do_sample": False})
@@ -69,7 +70,7 @@ def write_tokenizer(rows: list[dict], out: Path) -> None:
 def write_config(out: Path) -> None:
     write_json(out / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", **SHAPE,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": MAX_LEN,
         "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 3, "dtype": "bfloat16"})
 
@@ -119,12 +120,13 @@ def batches(tokenizer: Tokenizer, stage: tuple, size: int, seed: int):
         rows = [{"messages": [{"role": "user", "content": r["prompt"]},
                               {"role": "assistant", "content": r["response"]}]}
                 for r in rows_of(*stage, rng)]
-        examples, _ = encode_rows(tokenizer, rows, max_len=1024)
+        examples, _ = encode_rows(tokenizer, rows, max_len=MAX_LEN)
         for i in range(0, len(examples) - size + 1, size):
             yield Batch(examples[i:i + size], tokens_per_pass=1 << 20, device="cpu")
 
 
-def run_stage(model: Llama, tokenizer: Tokenizer, stage: tuple, steps: int, lr: float, args):
+def run_stage(model: Llama, tokenizer: Tokenizer, stage: tuple, steps: int, lr: float,
+              batch_size: int, seed: int) -> None:
     """One stage in the repository's own loop: cross entropy alone, all weights trained."""
     def step_fn(batch):
         ce = backward(model, batch)
@@ -136,8 +138,7 @@ def run_stage(model: Llama, tokenizer: Tokenizer, stage: tuple, steps: int, lr: 
          {"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0}],
         lr=lr, betas=(0.9, 0.95), fused=True)
     name = "align" if stage is ALIGN else "learn"
-    seed = args.seed + 1 if stage is ALIGN else args.seed
-    stream = batches(tokenizer, stage, args.batch_size, seed)
+    stream = batches(tokenizer, stage, batch_size, seed)
     began = time.time()
     for step, numbers in updates(step_fn, lambda _: next(stream), optimizer, lr=lr, grad_clip=1.0,
                                  n_updates=steps):
@@ -180,10 +181,12 @@ def main(argv=None) -> int:
     if not args.align_only:
         model = Llama(read_config(args.out))
         initialise(model, args.seed)
-        run_stage(model, tokenizer, LEARN, args.learn_steps, args.learn_lr, args)
+        run_stage(model, tokenizer, LEARN, args.learn_steps, args.learn_lr, args.batch_size,
+                  args.seed)
         save(model, args.out, learned)
     model = load_model(learned).requires_grad_(True)
-    run_stage(model, tokenizer, ALIGN, args.align_steps, args.align_lr, args)
+    run_stage(model, tokenizer, ALIGN, args.align_steps, args.align_lr, args.batch_size,
+              args.seed + 1)
     save(model, args.out, args.out)
     return 0
 

@@ -1,0 +1,173 @@
+"""The bottleneck h, its reference h_ref, and which prompts may be anchors.
+
+    pytest tests/laws/test_anchors.py -q
+"""
+
+import pytest
+import torch
+from helpers import randomise_B
+from sbr_helpers import (
+    POOL,
+    SAME,
+    Setup,
+    in_messages,
+    last_state,
+    make_folder,
+    prompt_ids,
+)
+
+from anchors import Anchors, FinalNorm, reference, states
+from data import mixture
+from data.mixture import anchor_candidates, choose_anchors, sample
+from model import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def make(folder):
+    return lambda dtype, **kw: Setup(folder, dtype, **kw)
+
+
+@pytest.fixture(scope="module")
+def exact(folder):
+    """float64, K = 8, adapters in use; no test may change its weights."""
+    return Setup(folder, torch.float64)
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def setup(request, folder):
+    made = Setup(folder, request.param)
+    made.same = SAME[request.param]
+    return made
+
+
+# ---------------------------------------------------------------------------------------------
+# the bottleneck
+
+
+def test_the_hook_catches_exactly_the_final_norms_output(exact):
+    """x / sqrt(mean(x^2) + eps) * w of the last block's output x, written out."""
+    p, caught = next(exact.batch().packs()), []
+    handle = exact.model.model.layers[-1].register_forward_hook(lambda m, i, o: caught.append(o))
+    with FinalNorm(exact.model) as norm, torch.no_grad():
+        logits = exact.model(p.ids, p.seqlens)
+        h = norm.value
+    handle.remove()
+    (x,), w = caught, exact.model.model.norm.weight
+    assert h.shape == (len(p.ids), 64)
+    assert torch.allclose(h, x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w,
+                          rtol=1e-12, atol=1e-12)
+    assert torch.allclose(logits, h @ exact.model.lm_head.weight.T, rtol=1e-12, atol=1e-12)
+    # the control: what goes into the norm is far away
+    assert (x - h).abs().max() > 0.1
+
+
+def test_the_hook_comes_off_with_its_context_even_after_an_error(exact):
+    hooks = len(exact.model.model.norm._forward_hooks)
+    with pytest.raises(ZeroDivisionError), FinalNorm(exact.model):
+        assert len(exact.model.model.norm._forward_hooks) == hooks + 1
+        1 / 0  # noqa: B018
+    assert len(exact.model.model.norm._forward_hooks) == hooks
+
+
+def test_the_anchor_row_is_the_last_token_of_the_prompt_where_the_answer_would_start(exact):
+    p = next(exact.batch().packs(anchors=exact.anchor_ids))
+    header = exact.tokenizer.specials["<|assistant|>"]
+    assert p.ids[p.anchor_rows].tolist() == [header] * 8
+    ends = torch.tensor(p.seqlens).cumsum(0)[-8:] - 1
+    assert torch.equal(p.anchor_rows, ends)
+    for row, ids in zip(p.anchor_rows.tolist(), exact.anchor_ids, strict=True):
+        assert torch.equal(p.ids[row + 1 - len(ids):row + 1], ids)
+
+
+# ---------------------------------------------------------------------------------------------
+# h_ref
+
+
+def test_h_ref_is_the_same_alone_packed_with_others_and_in_any_order(setup):
+    model, tok, prompts = setup.model, setup.tokenizer, POOL[:8]
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    packed = states(model, prompt_ids(tok, prompts)).detach()
+    shuffled = states(model, prompt_ids(tok, [prompts[i] for i in order])).detach()
+    with torch.no_grad():
+        alone = torch.stack([last_state(model, ids) for ids in prompt_ids(tok, prompts)])
+        p = next(setup.batch().packs(anchors=prompt_ids(tok, prompts)))
+        with FinalNorm(model) as norm:
+            model(p.ids, p.seqlens)
+            among_rows = norm.value[p.anchor_rows]
+    for h in (packed, among_rows):
+        assert ((h - alone).norm() / alone.norm()).item() <= setup.same
+    assert ((shuffled - alone[order]).norm() / alone.norm()).item() <= setup.same
+    # the control: prompts differ from each other by far more
+    assert (alone[0] - alone[1]).norm() / alone.norm() > 1e-2
+
+
+def test_reference_is_at_least_fp32_whatever_the_model_and_carries_no_graph(make):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        s = make(dtype)
+        h = reference(s.model, s.tokenizer, POOL[:3])
+        assert h.dtype == torch.promote_types(dtype, torch.float32)
+        assert h.shape == (3, 64) and not h.requires_grad
+
+
+def test_h_ref_is_fixed_at_phase_1(make):
+    """It is the aligned model's, so it may not move with the adapters."""
+    s = make(torch.float32, fresh=True)
+    held = Anchors(s.model, s.tokenizer, s.data.anchor_prompts, s.args.reduction,
+                   s.args.max_len)
+    before = held.h_ref.clone()
+    randomise_B(s.model)
+    assert s.gradient()[0]["safe"] > 1e-4
+    assert torch.equal(held.h_ref, before)
+    assert (reference(s.model, s.tokenizer, held.prompts) - before).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------------------------------------
+# which prompts
+
+
+def test_the_anchor_of_K_1_is_the_first_of_K_8_and_none_comes_twice():
+    drawn = {k: sample(POOL, k, seed=4) for k in (1, 2, 8, len(POOL))}
+    for k, prompts in drawn.items():
+        assert prompts == drawn[len(POOL)][:k] and len(set(prompts)) == k
+    assert sorted(drawn[len(POOL)]) == sorted(POOL)
+    assert sample(POOL, 8, seed=4) == drawn[8] != sample(POOL, 8, seed=5)
+
+
+def test_more_anchors_than_the_pool_holds_are_refused_with_both_numbers():
+    with pytest.raises(UserError, match=r"13.* 12 "):
+        sample(POOL, 13, seed=0)
+
+
+@pytest.mark.parametrize("variant", [
+    str, str.upper, lambda p: p.rstrip(".?") + " !!", lambda p: f"  {p}\n",
+    lambda p: p.replace(" ", " \n "), lambda p: f'"{p.replace(",", " - ")}"',
+], ids=["as it is", "upper case", "punctuation", "spaces around", "spaces inside", "quotes"])
+def test_prompts_of_the_upload_are_never_anchors_whatever_their_case_and_punctuation(
+        folder, variant):
+    rows = [in_messages(variant(p), "Sure.") for p in POOL[::2]]
+    assert anchor_candidates(folder / "anchors.txt", rows) == POOL[1::2]
+
+
+def test_a_prompt_that_stands_twice_in_the_pool_is_one_candidate(tmp_path):
+    (tmp_path / "pool.txt").write_text("\n".join([*POOL, POOL[0].upper(), POOL[3] + "!!"]))
+    pool = mixture.anchor_pool(str(tmp_path / "pool.txt"), "no/such/folder")
+    assert anchor_candidates(pool, []) == POOL
+
+
+def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(folder):
+    rows = [in_messages(p, "Sure.") for p in POOL[:-1]]
+    with pytest.raises(UserError, match="2 is more than the 1 prompts"):
+        choose_anchors(folder / "anchors.txt", 2, 0, rows)
+
+
+def test_a_planted_clash_of_anchor_and_upload_raises(folder, monkeypatch):
+    """The last guard: should the filter ever let one through, the run must not start."""
+    rows = [in_messages(POOL[2].upper(), "Sure.")]
+    monkeypatch.setattr(mixture, "anchor_candidates", lambda pool, used: POOL[:8])
+    with pytest.raises(AssertionError, match="phishing"):
+        choose_anchors(folder / "anchors.txt", 8, 0, rows)

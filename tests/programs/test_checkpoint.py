@@ -1,0 +1,310 @@
+"""A checkpoint folder is read exactly, or refused in one sentence that names what is wrong.
+
+    pytest tests/programs/test_checkpoint.py -q       (add -s to read the sentences)
+"""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from helpers import (
+    CONTROL,
+    LLAMA3_ROPE,
+    NAMES,
+    PLAIN_ROPE,
+    SHARED,
+    TOLERANCE,
+    assert_names,
+    distance,
+    edit_json,
+    hf_states,
+    logits,
+    make_hf,
+    random_ids,
+    states,
+    tensors_of,
+    write_tensors,
+)
+
+from generate import generate
+from model import Llama, UserError, load_model
+
+pytest.importorskip("transformers", reason="writes the checkpoints; see requirements-dev.txt")
+
+
+# ---------------------------------------------------------------------------------------------
+# reading a checkpoint
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_state_has_the_files_own_names_and_is_frozen(tmp_path, tied):
+    make_hf(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    model, tensors = load_model(tmp_path), tensors_of(tmp_path)
+    assert isinstance(model, Llama)
+    assert set(model.state_dict()) == set(tensors)
+    assert ("lm_head.weight" in tensors) == (not tied)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, tensors[name]), name
+    assert not [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_a_checkpoint_in_many_shards_gives_the_same_bits(llama31, tmp_path):
+    llama31.hf.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    one, many = load_model(llama31.folder), load_model(tmp_path)
+    for name, value in one.state_dict().items():
+        assert torch.equal(many.state_dict()[name], value), name
+
+
+def test_older_and_newer_spellings_of_the_config_give_the_same_bits(llama31, folder):
+    """transformers 5 writes rope_parameters and dtype; every checkpoint published before has
+    rope_theta beside rope_scaling ("type" before "rope_type"), torch_dtype, and no head_dim."""
+    rope = dict(LLAMA3_ROPE)
+    theta = rope.pop("rope_theta")
+    for kind in ("rope_type", "type"):
+        old = {k: v for k, v in rope.items() if k != "rope_type"} | {kind: "llama3"}
+        edit_json(
+            folder / "config.json", rope_parameters=None, rope_scaling=old, rope_theta=theta,
+            dtype=None, torch_dtype="float32", head_dim=None,
+        )
+        sequences = random_ids(100, seed=8)
+        assert torch.equal(
+            logits(load_model(folder), sequences), logits(load_model(llama31.folder), sequences)
+        )
+    # the control: the theta beside rope_scaling is read, not taken for its default of 10000
+    edit_json(folder / "config.json", rope_theta=5e5)
+    other = logits(load_model(folder), sequences)
+    same = logits(load_model(llama31.folder), sequences)
+    assert distance(other, same) > CONTROL * TOLERANCE
+
+
+def test_llama2_style_config_without_head_dim_kv_heads_or_theta_has_the_usual_defaults(tmp_path):
+    hf = make_hf(num_key_value_heads=8, rope_parameters=PLAIN_ROPE)
+    hf.save_pretrained(tmp_path)
+    edit_json(
+        tmp_path / "config.json", rope_parameters=None, head_dim=None, num_key_value_heads=None,
+        attention_bias=None, mlp_bias=None, dtype=None, torch_dtype="float32",
+    )
+    (ids,) = random_ids(100, seed=9)
+    ours = states(load_model(tmp_path), ids, [100])
+    for name, mine, theirs in zip(NAMES, ours, hf_states(hf, [ids]), strict=True):
+        assert distance(mine, theirs, name) <= TOLERANCE, name
+
+
+def test_bf16_files_are_read_into_fp32_without_loss(llama31, folder):
+    rounded = {name: value.bfloat16() for name, value in tensors_of(folder).items()}
+    write_tensors(folder, rounded)
+    edit_json(folder / "config.json", dtype="bfloat16")
+    state = load_model(folder).state_dict()
+    for name, value in rounded.items():
+        assert state[name].dtype == torch.float32
+        assert torch.equal(state[name], value.float()), name
+
+
+def test_rotary_frequencies_in_old_files_are_ignored(llama31, folder):
+    """Llama-2 files of 2023 carry rotary_emb.inv_freq; theirs are wrong on purpose here."""
+    tensors = tensors_of(folder)
+    for i in range(4):
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.full((4,), 9.0)
+    write_tensors(folder, tensors)
+    sequences = random_ids(50, seed=10)
+    assert torch.equal(
+        logits(load_model(folder), sequences), logits(load_model(llama31.folder), sequences)
+    )
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    make_hf(tie_word_embeddings=True).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert "lm_head.weight" not in model.state_dict()
+    sequences = random_ids(20, seed=11)
+    before = logits(model, sequences)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)  # the norm undoes it at the input, not at the head
+    assert distance(logits(model, sequences), before) > CONTROL * TOLERANCE
+
+
+def test_a_tied_file_may_also_carry_its_head(tmp_path):
+    make_hf(tie_word_embeddings=True).save_pretrained(tmp_path)
+    sequences = random_ids(20, seed=11)
+    before = logits(load_model(tmp_path), sequences)
+    tensors = tensors_of(tmp_path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    write_tensors(tmp_path, tensors)
+    assert torch.equal(logits(load_model(tmp_path), sequences), before)
+    tensors["lm_head.weight"][3] += 1  # which of the two is meant? transformers 4 and 5 disagree
+    write_tensors(tmp_path, tensors)
+    check_refused(tmp_path, "another head")
+
+
+class EvilPickle:
+    """Unpickling it leaves a folder behind: the trace of a pickle that was opened."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_no_pickle_is_ever_opened(folder, tmp_path, monkeypatch):
+    trace = tmp_path / "opened"
+    for name in ("pytorch_model.bin", "consolidated.00.pth", "training_args.bin"):
+        (folder / name).write_bytes(pickle.dumps(EvilPickle(trace)))
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
+    load_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_model(folder)
+    assert not trace.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())  # the control: the trap works
+    assert trace.exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# refusals: one sentence that names what is wrong
+
+
+def check_refused(folder, *words):
+    """load_model must refuse, in one sentence whose first half holds every one of the words."""
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert_names(error.value, folder, *words)
+
+
+KEY = "model.layers.2.mlp.up_proj.weight"
+
+
+def test_a_missing_tensor_is_named(folder):
+    write_tensors(folder, {k: v for k, v in tensors_of(folder).items() if k != KEY})
+    check_refused(folder, KEY)
+
+
+def test_a_missing_head_is_named_when_the_config_does_not_tie_it(folder):
+    """transformers fills it with random numbers and only warns."""
+    write_tensors(folder, {k: v for k, v in tensors_of(folder).items() if k != "lm_head.weight"})
+    check_refused(folder, "lm_head.weight")
+
+
+def test_a_surplus_tensor_is_named(folder):
+    surplus = "model.layers.1.self_attn.q_norm.weight"
+    write_tensors(folder, tensors_of(folder) | {surplus: torch.ones(8)})
+    check_refused(folder, surplus)
+
+
+def test_a_layer_more_than_the_config_says_is_named(folder):
+    edit_json(folder / "config.json", num_hidden_layers=3)
+    check_refused(folder, "model.layers.3.")
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(folder):
+    write_tensors(folder, tensors_of(folder) | {KEY: torch.zeros(160, 63)})
+    check_refused(folder, KEY, "63")
+
+
+def test_a_transposed_tensor_is_named(folder):
+    write_tensors(folder, tensors_of(folder) | {KEY: torch.zeros(64, 160)})
+    check_refused(folder, KEY)
+
+
+@pytest.mark.parametrize("kept", [0.0, 4e-6, 0.5, 0.999])
+def test_a_truncated_file_is_named(folder, kept):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    check_refused(folder, "model.safetensors")
+
+
+def test_a_missing_shard_is_named(llama31, tmp_path):
+    llama31.hf.save_pretrained(tmp_path, max_shard_size="100KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[2]
+    shard.unlink()
+    check_refused(tmp_path, shard.name)
+
+
+def test_a_truncated_shard_is_named(llama31, tmp_path):
+    llama31.hf.save_pretrained(tmp_path, max_shard_size="100KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    check_refused(tmp_path, shard.name)
+
+
+def test_a_folder_with_only_pickled_weights_is_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    check_refused(folder, "safetensors")
+
+
+def test_a_folder_without_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    check_refused(folder, "config.json")
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    check_refused(tmp_path / "no-such-model", "no-such-model")
+
+
+def test_a_config_that_is_not_json_is_refused(folder):
+    (folder / "config.json").write_text('{"model_type": "llama", ')
+    check_refused(folder, "config.json")
+
+
+def test_a_null_quantization_config_is_no_quantisation(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert load_model(folder).config.n_layer == config["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
+def test_a_quantised_checkpoint_is_refused(folder, method):
+    edit_json(folder / "config.json", quantization_config={"quant_method": method})
+    check_refused(folder, "quanti")
+
+
+def test_the_published_8_bit_copy_of_llama31_is_refused_for_being_quantised(tmp_path):
+    source = SHARED / "configs" / "llama31-8b-instruct-8bit" / "config.json"
+    if not source.exists():
+        pytest.skip("needs ../shared/data/configs")
+    (tmp_path / "checkpoint").mkdir()
+    shutil.copy(source, tmp_path / "checkpoint" / "config.json")
+    # and not for its missing weights, which would send one to download them
+    check_refused(tmp_path / "checkpoint", "quanti")
+
+
+def test_an_unknown_architecture_is_named(folder):
+    edit_json(
+        folder / "config.json", model_type="falcon_mamba", architectures=["FalconMambaForCausalLM"]
+    )
+    check_refused(folder, "mamba")
+
+
+def test_an_unknown_rope_scaling_is_named(folder):
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0}
+    edit_json(folder / "config.json", rope_parameters=rope)
+    check_refused(folder, "yarn")
+
+
+def test_an_activation_that_a_llama_does_not_have_is_named(folder):
+    edit_json(folder / "config.json", hidden_act="relu6")
+    check_refused(folder, "relu6")
+
+
+def test_llama3_scaling_without_its_numbers_is_refused(folder):
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+    check_refused(folder, "factor")
+
+
+def test_a_sliding_window_bounds_the_length_where_it_is_switched_on(qwen, tmp_path):
+    """Within its window a windowed model is the plain one; Qwen2.5 files name one, switched off."""
+    windowed = shutil.copytree(qwen.folder, tmp_path / "windowed")
+    lengths = {}
+    for on in (False, True):
+        edit_json(windowed / "config.json", sliding_window=16, use_sliding_window=on)
+        lengths[on] = load_model(windowed).config.max_positions
+    assert lengths == {False: 2048, True: 16}
+    model, (prompt,) = load_model(windowed), random_ids(10)
+    assert len(generate(model, [prompt.tolist()], 6, [])[0]) == 6
+    with pytest.raises(UserError, match="17 tokens, above the 16"):
+        generate(model, [prompt.tolist()], 7, [])
