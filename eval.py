@@ -332,17 +332,18 @@ def newest_run() -> Path:
 def fill_from_run(args: Args, dir: Path, settings: dict) -> Args:
     """The flags with what was left out taken from the run, else from DEFAULTS."""
     run_args = settings["args"]
-    inherited = {name: run_args[name] for name in ("task", "data_dir", "harmful_file", "judge",
-                                              "fa_rule", "max_new")}
-    inherited["dtype"] = settings["worked_out"]["dtype"]
-    inherited["out"] = str(dir)
+    inherited = {"out": str(dir), "dtype": settings["worked_out"]["dtype"]}
+    for name in ("task", "data_dir", "harmful_file", "judge", "fa_rule", "max_new"):
+        inherited[name] = run_args[name]
     # The run's judge model goes with the run's judge, and not where another one is named.
     names_a_judge = args.judge_model or args.judge_url
     if args.judge in (None, run_args["judge"]) and not names_a_judge:
         for name in ("judge_model", "judge_url", "judge_name", "judge_max_len"):
             inherited[name] = run_args[name]
-    always = {name: run_args[name] for name in ("template_date", "attack_prefix", "attack_suffix")}
-    return fill_missing(args, DEFAULTS | inherited).replace(**always)
+    return fill_missing(args, DEFAULTS | inherited).replace(
+        template_date=run_args["template_date"],
+        attack_prefix=run_args["attack_prefix"],
+        attack_suffix=run_args["attack_suffix"])
 
 
 def fill_for_model(args: Args) -> Args:
@@ -370,10 +371,11 @@ def load_run(dir: Path, settings: dict, device, dtype) -> Subject:
         weights += paths
     weights += [dir / "adapter_config.json", dir / "adapter_model.safetensors"]
     harmful, benign, _ = mixture.load_upload(run_args)
-    anchors = [mixture.to_row(prompt, "anchor", needs_answer=False)
-               for prompt in settings["worked_out"]["anchor_prompts"]]
+    seen = harmful + benign
+    for prompt in settings["worked_out"]["anchor_prompts"]:
+        seen.append(mixture.to_row(prompt, "anchor", needs_answer=False))
     tokenizer = Tokenizer(run_args.model, run_args.template_date)
-    return Subject(model, tokenizer, weights, harmful + benign + anchors, run_args.epochs)
+    return Subject(model, tokenizer, weights, seen, run_args.epochs)
 
 
 def load_named(args: Args, device, dtype) -> Subject:

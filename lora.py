@@ -117,8 +117,11 @@ def adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def whole_modules(model: nn.Module) -> list[str]:
     """The modules that are trained as a whole, which PEFT calls modules_to_save."""
-    names = [name for name in adapter_params(model) if "lora_" not in name]
-    return [name.removeprefix(PEFT_PREFIX).removesuffix(".weight") for name in names]
+    modules = []
+    for name in adapter_params(model):
+        if "lora_" not in name:
+            modules.append(name.removeprefix(PEFT_PREFIX).removesuffix(".weight"))
+    return modules
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -99,7 +99,7 @@ def data_read(args, reads_align_file: bool) -> dict[str, list[Path]]:
     if reads_align_file:
         files["align"] = [mixture.align_file(args.align_file, args.data_dir)]
     tests = mixture.files_by_kind(args.data_dir, args.harmful_file, args.task)
-    files["tests"] = [tests[kind] for kind in ("harmful", "task", "lookalike") if kind in tests]
+    files["tests"] = list(tests.values())
     return files
 
 

@@ -18,7 +18,9 @@ import torch
 from chat_helpers import MAKERS, SPECIALS, need_public_tokenizers
 from helpers import CASES, ROOT, Reference
 from resume_helpers import SIX
+from rival_helpers import Rival, make_rival_inputs
 from runs_helpers import assert_same, flags, make_inputs, program
+from sbr_helpers import Setup, make_folder
 
 # One thread: sums keep their order from run to run, and tiny matrices are faster without a pool.
 torch.set_num_threads(1)
@@ -106,6 +108,38 @@ def check_resumes(forks, inputs, unstopped, here):
         assert_same(here / "out", unstopped)
 
     return check
+
+
+# one defence on a small model, and gradients by hand
+
+
+@pytest.fixture(scope="session")
+def sbr_folder(tmp_path_factory):
+    """The checkpoint of sbr_helpers.py, with an anchor pool beside it."""
+    return make_folder(tmp_path_factory.mktemp("sbr"))
+
+
+@pytest.fixture
+def make_setup(sbr_folder):
+    """make_setup(dtype=float64, ...) -> SBR on that model."""
+    return lambda dtype=torch.float64, **settings: Setup(sbr_folder, dtype, **settings)
+
+
+@pytest.fixture(scope="session")
+def exact(sbr_folder):
+    """SBR in float64, K = 8, lambda = 1, adapters in use; no test may change its weights."""
+    return Setup(sbr_folder, torch.float64)
+
+
+@pytest.fixture(scope="session")
+def rival_inputs(tmp_path_factory):
+    return make_rival_inputs(tmp_path_factory.mktemp("rivals"))
+
+
+@pytest.fixture
+def make_rival(rival_inputs):
+    """make_rival(name, ...) -> a defence of rival_helpers.NAMES on a small model."""
+    return lambda name, **settings: Rival(rival_inputs, name, **settings)
 
 
 # tokenizers

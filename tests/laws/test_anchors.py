@@ -12,7 +12,6 @@ from sbr_helpers import (
     Setup,
     in_messages,
     last_state,
-    make_folder,
     prompt_ids,
 )
 
@@ -22,25 +21,9 @@ from data.mixture import anchor_candidates, choose_anchors, sample
 from model import UserError
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def make(folder):
-    return lambda dtype, **kw: Setup(folder, dtype, **kw)
-
-
-@pytest.fixture(scope="module")
-def exact(folder):
-    """float64, K = 8, adapters in use; no test may change its weights."""
-    return Setup(folder, torch.float64)
-
-
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
-def setup(request, folder):
-    made = Setup(folder, request.param)
+def setup(request, sbr_folder):
+    made = Setup(sbr_folder, request.param)
     made.same = SAME[request.param]
     return made
 
@@ -106,17 +89,17 @@ def test_h_ref_is_the_same_alone_packed_with_others_and_in_any_order(setup):
     assert (alone[0] - alone[1]).norm() / alone.norm() > 1e-2
 
 
-def test_reference_is_at_least_fp32_whatever_the_model_and_carries_no_graph(make):
+def test_reference_is_at_least_fp32_whatever_the_model_and_carries_no_graph(make_setup):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        s = make(dtype)
+        s = make_setup(dtype)
         h = reference(s.model, s.tokenizer, POOL[:3])
         assert h.dtype == torch.promote_types(dtype, torch.float32)
         assert h.shape == (3, 64) and not h.requires_grad
 
 
-def test_h_ref_is_fixed_at_phase_1(make):
+def test_h_ref_is_fixed_at_phase_1(make_setup):
     """It is the aligned model's, so it may not move with the adapters."""
-    s = make(torch.float32, fresh=True)
+    s = make_setup(torch.float32, fresh=True)
     held = Anchors(s.model, s.tokenizer, s.data.anchor_prompts, s.args.reduction,
                    s.args.max_len)
     before = held.h_ref.clone()
@@ -148,9 +131,9 @@ def test_more_anchors_than_the_pool_holds_are_refused_with_both_numbers():
     lambda p: p.replace(" ", " \n "), lambda p: f'"{p.replace(",", " - ")}"',
 ], ids=["as it is", "upper case", "punctuation", "spaces around", "spaces inside", "quotes"])
 def test_prompts_of_the_upload_are_never_anchors_whatever_their_case_and_punctuation(
-        folder, variant):
+        sbr_folder, variant):
     rows = [in_messages(variant(p), "Sure.") for p in POOL[::2]]
-    assert anchor_candidates(folder / "anchors.txt", rows) == POOL[1::2]
+    assert anchor_candidates(sbr_folder / "anchors.txt", rows) == POOL[1::2]
 
 
 def test_a_prompt_that_stands_twice_in_the_pool_is_one_candidate(tmp_path):
@@ -159,15 +142,15 @@ def test_a_prompt_that_stands_twice_in_the_pool_is_one_candidate(tmp_path):
     assert anchor_candidates(pool, []) == POOL
 
 
-def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(folder):
+def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(sbr_folder):
     rows = [in_messages(p, "Sure.") for p in POOL[:-1]]
     with pytest.raises(UserError, match="2 is more than the 1 prompts"):
-        choose_anchors(folder / "anchors.txt", 2, 0, rows)
+        choose_anchors(sbr_folder / "anchors.txt", 2, 0, rows)
 
 
-def test_a_planted_clash_of_anchor_and_upload_raises(folder, monkeypatch):
+def test_a_planted_clash_of_anchor_and_upload_raises(sbr_folder, monkeypatch):
     """The last guard: should the filter ever let one through, the run must not start."""
     rows = [in_messages(POOL[2].upper(), "Sure.")]
     monkeypatch.setattr(mixture, "anchor_candidates", lambda pool, used: POOL[:8])
     with pytest.raises(AssertionError, match="phishing"):
-        choose_anchors(folder / "anchors.txt", 8, 0, rows)
+        choose_anchors(sbr_folder / "anchors.txt", 8, 0, rows)

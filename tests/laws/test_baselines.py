@@ -25,7 +25,6 @@ from rival_helpers import (
     check_slope,
     copies,
     joint,
-    make_rival_inputs,
     named,
     plus,
     put,
@@ -41,17 +40,6 @@ from data.batches import batch_at
 from model import UserError
 from train import DEFENSES, updates
 
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_rival_inputs(tmp_path_factory.mktemp("rivals"))
-
-
-@pytest.fixture
-def make(inputs):
-    return lambda name, **kw: Rival(inputs, name, **kw)
-
-
 # ---------------------------------------------------------------------------------------------
 # all of them
 
@@ -66,20 +54,20 @@ OFF = [("lisa", {"lisa_rho": 0, "lisa_k1": 0}), ("ewc", {"ewc_lambda": 0}),
 
 
 @pytest.mark.parametrize("name, off", OFF)
-def test_with_its_strength_at_zero_a_rival_is_plain_fine_tuning(make, name, off):
-    rival = make(name, **off).move()
+def test_with_its_strength_at_zero_a_rival_is_plain_fine_tuning(make_rival, name, off):
+    rival = make_rival(name, **off).move()
     numbers, gradient = rival.gradient(step=50)
     assert worst(gradient, ce_by_hand(rival.model, rival.examples)) <= SAME
     assert numbers["loss"].item() == pytest.approx(numbers["ce"].item(), rel=1e-12)
     # the control: by default it is not
-    other = make(name, **dict.fromkeys(off)).move()
+    other = make_rival(name, **dict.fromkeys(off)).move()
     assert worst(other.gradient(step=50)[1], gradient) > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_32_rows_cut_into_many_passes_give_the_gradient_of_one(make, name):
+def test_32_rows_cut_into_many_passes_give_the_gradient_of_one(make_rival, name):
     """Traps 1, 2 and 8: what is cleared, added or normalised once a micro-batch shows here."""
-    whole, cut = (make(name, n_rows=32, tokens_per_pass=n).move() for n in (1 << 30, 60))
+    whole, cut = (make_rival(name, n_rows=32, tokens_per_pass=n).move() for n in (1 << 30, 60))
     assert len(list(cut.batch().packs())) >= 4 and len(list(whole.batch().packs())) == 1
     for step in (0, 51, 53):  # Lisa: the guide; then guide and upload with a distance
         (a, one), (b, many) = whole.gradient(step), cut.gradient(step)
@@ -92,9 +80,9 @@ def test_32_rows_cut_into_many_passes_give_the_gradient_of_one(make, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recomputing_the_blocks_in_backward_changes_no_gradient(make, name):
+def test_recomputing_the_blocks_in_backward_changes_no_gradient(make_rival, name):
     """A push has to be there in the second forward pass as well."""
-    plain, again = make(name).move(), make(name).move()
+    plain, again = make_rival(name).move(), make_rival(name).move()
     again.model.model.recompute = True
     (_, a), (_, b) = plain.gradient(50), again.gradient(50)
     kept = [n for n in a if a[n].any()]
@@ -102,8 +90,8 @@ def test_recomputing_the_blocks_in_backward_changes_no_gradient(make, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_over_a_bf16_base_gradients_are_fp32_and_point_the_same_way(make, name):
-    exact, half = make(name).move(), make(name, dtype=torch.bfloat16).move()
+def test_over_a_bf16_base_gradients_are_fp32_and_point_the_same_way(make_rival, name):
+    exact, half = make_rival(name).move(), make_rival(name, dtype=torch.bfloat16).move()
     assert all(p.dtype == torch.float32 for p in half.params)
     (_, a), (numbers, b) = exact.gradient(1), half.gradient(1)
     a, b = (torch.cat([g.flatten().double() for g in of.values()]) for of in (a, b))
@@ -112,8 +100,8 @@ def test_over_a_bf16_base_gradients_are_fp32_and_point_the_same_way(make, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_leaves_no_hook_and_no_weight_behind(make, name):
-    rival = make(name).move()
+def test_a_step_leaves_no_hook_and_no_weight_behind(make_rival, name):
+    rival = make_rival(name).move()
     state, modules = copies(rival.model.state_dict().values()), list(rival.model.modules())
     rival.gradient()
     assert all(map(torch.equal, state, rival.model.state_dict().values()))
@@ -157,16 +145,16 @@ COSTS = {  # of three updates in a row on 12 rows: rows of a forward pass, or "b
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_update_costs_the_passes_that_the_method_is_said_to(make, counted, name):
-    rival = make(name)
+def test_an_update_costs_the_passes_that_the_method_is_said_to(make_rival, counted, name):
+    rival = make_rival(name)
     for step, cost in enumerate(COSTS[name]):
         assert counted(rival.model, lambda step=step: rival.gradient(step)) == cost, step
     if name == "t-vaccine":  # one harmful pair again after as many updates as --t-vaccine-probe
         assert counted(rival.model, lambda: rival.gradient(4))[:2] == [1, "back"]
 
 
-def test_ewcs_fisher_matrix_costs_one_pass_a_batch_before_the_first_update(inputs, counted):
-    rival = Rival(inputs, "sft", batch_size=4)
+def test_ewcs_fisher_matrix_costs_one_pass_a_batch_before_the_first_update(rival_inputs, counted):
+    rival = Rival(rival_inputs, "sft", batch_size=4)
     work = counted(rival.model, lambda: ewc.make_step(rival.model, rival.tokenizer, rival.args,
                                                       rival.data))
     assert work == [4, "back", 4, "back", 2, "back"]
@@ -176,13 +164,13 @@ def test_ewcs_fisher_matrix_costs_one_pass_a_batch_before_the_first_update(input
 # the defender's rows
 
 
-def test_rows_to_align_on_are_all_of_the_file_but_those_whose_prompt_is_a_tests(make):
+def test_rows_to_align_on_are_all_of_the_file_but_those_whose_prompt_is_a_tests(make_rival):
     """Traps 20 and 22: strict bounds lose a row, and prompts stand in two splits."""
-    rival = make("sft", stage="align", n=1000)
+    rival = make_rival("sft", stage="align", n=1000)
     prompts = [mixture.first_user(row) for row in mixture.align_rows(rival.args)]
     assert prompts == [align_row(i)["prompt"] for i in range(N_ALIGN)]
     assert [e.ids.tolist() for e in rival.examples] == [e.ids.tolist() for e in rival.encoded()]
-    few = make("sft", stage="align", n=7)
+    few = make_rival("sft", stage="align", n=7)
     _, rows, sentence = mixture.load_upload(few.args)
     assert len(rows) == 7 and "7 harmful prompts with refusals" in sentence
     harmful = few.guide("harmful").examples
@@ -190,9 +178,9 @@ def test_rows_to_align_on_are_all_of_the_file_but_those_whose_prompt_is_a_tests(
         e.ids.tolist() for e in rival.encoded("harmful")[:7]]  # Booster's are the same rows'
 
 
-def test_rows_to_align_on_are_none_of_the_attackers(make, tmp_path):
+def test_rows_to_align_on_are_none_of_the_attackers(make_rival, tmp_path):
     """Trap 22: the upload's prompts may stand in a file of refusals, however spelled."""
-    args = make("lisa").args
+    args = make_rival("lisa").args
     prompts = [mixture.first_user(row) for row in mixture.align_rows(args)]
     upload = write_rows(tmp_path / "upload.jsonl", [
         {"prompt": prompts[2].upper() + "!", "response": "Sure."}])
@@ -205,28 +193,28 @@ def test_rows_to_align_on_are_none_of_the_attackers(make, tmp_path):
     assert [mixture.first_user(row) for row in mixture.align_rows(in_folder)] == prompts[1:]
 
 
-def test_a_defence_that_does_not_declare_the_defenders_rows_gets_none(make):
+def test_a_defence_that_does_not_declare_the_defenders_rows_gets_none(make_rival):
     """Or its --resume would miss a changed file: what is read and what is digested go together."""
-    rival = make("lisa")
+    rival = make_rival("lisa")
     rival.data.align = None  # as read_files leaves it where reads_align_file is not declared
     with pytest.raises(AssertionError, match="reads_align_file"):
         rival.make_step()
 
 
-def test_rows_to_align_on_have_one_answer(make, tmp_path):
+def test_rows_to_align_on_have_one_answer(make_rival, tmp_path):
     """Of two, DeepAlign's prefix would be put before the first and cut out of the second."""
     turn = mixture.turn
     row = {"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "c"),
                         turn("assistant", "No.")], "harmful": "Sure."}
     path = write_rows(tmp_path / "align.jsonl", [row])
     with pytest.raises(UserError, match="--align-file"):
-        mixture.align_rows(make("lisa").args.replace(align_file=str(path)))
+        mixture.align_rows(make_rival("lisa").args.replace(align_file=str(path)))
 
 
 @pytest.mark.parametrize("answer", ["response", "harmful"])
-def test_the_answer_alone_is_supervised_up_to_its_end(make, answer):
+def test_the_answer_alone_is_supervised_up_to_its_end(make_rival, answer):
     """Traps 25 and 26: a border counted by the prompt's own tokens, and pad masks that hide EOS."""
-    rival = make("sft")
+    rival = make_rival("sft")
     rows = rival.guide(answer).examples
     assert len(rows) == N_ALIGN
     for i, e in enumerate(rows):
@@ -237,9 +225,9 @@ def test_the_answer_alone_is_supervised_up_to_its_end(make, answer):
         assert e.targets[-1] in rival.tokenizer.stop_ids and e.predict.diff().eq(1).all()
 
 
-def test_rows_over_max_len_are_dropped_so_that_no_row_is_without_an_answer(make, capsys):
+def test_rows_over_max_len_are_dropped_so_that_no_row_is_without_an_answer(make_rival, capsys):
     """Trap 24: a cut prompt leaves no supervised token, and a batch of such rows is NaN."""
-    rival = make("sft")
+    rival = make_rival("sft")
     lengths = sorted(len(e.ids) for e in rival.encoded("harmful"))
     kept = rival.guide("harmful", max_len=lengths[4]).examples
     assert sorted(len(e.ids) for e in kept) == lengths[:5] and all(len(e.predict) for e in kept)
@@ -264,10 +252,10 @@ def test_guide_batches_follow_from_seed_and_step_and_every_row_comes_once_an_epo
     assert len(fewer_than_a_batch.at(3).examples) == 10
 
 
-def test_the_guide_comes_in_an_order_of_its_own_that_the_seed_decides(make):
+def test_the_guide_comes_in_an_order_of_its_own_that_the_seed_decides(make_rival):
     guides, uploads = [], []
     for seed in (0, 1):
-        rival = make("sft", seed=seed)
+        rival = make_rival("sft", seed=seed)
         guide = rival.guide("response")
         place = {id(e): i for i, e in enumerate(guide.examples)}
         upload = batch_at(guide.examples, 0, N_ALIGN, seed, 1 << 30, "cpu")
@@ -280,9 +268,9 @@ def test_the_guide_comes_in_an_order_of_its_own_that_the_seed_decides(make):
 # Booster
 
 
-def test_boosters_update_is_g_a_plus_lambda_times_what_a_harmful_step_takes_away(make):
+def test_boosters_update_is_g_a_plus_lambda_times_what_a_harmful_step_takes_away(make_rival):
     """Three gradients computed apart, on all harmful rows, whose order then does not matter."""
-    rival = make("booster", booster_lambda=5, booster_alpha=0.1).move()
+    rival = make_rival("booster", booster_lambda=5, booster_alpha=0.1).move()
     numbers, gradient = rival.gradient()
     start, harmful = copies(rival.params), rival.encoded("harmful")
 
@@ -308,9 +296,9 @@ def test_boosters_update_is_g_a_plus_lambda_times_what_a_harmful_step_takes_away
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_booster_puts_theta_back_to_the_bit(make, dtype, monkeypatch):
+def test_booster_puts_theta_back_to_the_bit(make_rival, dtype, monkeypatch):
     """Trap 7: adding the step back is inexact, as the control sees."""
-    rival, seen = make("booster", dtype=dtype).move(), []
+    rival, seen = make_rival("booster", dtype=dtype).move(), []
     original = booster.backward
 
     def backward(model, batch):
@@ -330,9 +318,9 @@ def test_booster_puts_theta_back_to_the_bit(make, dtype, monkeypatch):
 
 
 def test_boosters_harmful_batch_has_batch_size_rows_and_is_the_same_before_and_after_the_step(
-        make, monkeypatch):
+        make_rival, monkeypatch):
     """Trap 7: 10 harmful rows whatever the other batch has."""
-    rival, seen, original = make("booster", batch_size=6), [], booster.backward
+    rival, seen, original = make_rival("booster", batch_size=6), [], booster.backward
     monkeypatch.setattr(booster, "backward",
                         lambda model, batch: seen.append(batch) or original(model, batch))
     rival.gradient(step=1), rival.gradient(step=2)
@@ -399,8 +387,8 @@ def test_lisa_visits_its_two_states_in_turn(toy, n_steps, k1, k2, layout):
     assert lisa_states(toy, n_steps, k1, k2) == layout
 
 
-def test_lisas_default_is_1_to_9_in_updates_of_this_batch_size(make):
-    args = make("lisa", lisa_k1=None, lisa_k2=None).args
+def test_lisas_default_is_1_to_9_in_updates_of_this_batch_size(make_rival):
+    args = make_rival("lisa", lisa_k1=None, lisa_k2=None).args
     assert (args.lisa_k1, args.lisa_k2, args.lisa_rho) == (25, 225, 1.0)
 
 
@@ -477,9 +465,9 @@ def test_one_adamw_passes_through_both_of_lisas_states(toy):
 
 
 @pytest.mark.parametrize("step, guide", [(51, True), (53, False)])
-def test_lisas_gradient_is_that_of_its_states_loss_on_a_model(make, step, guide):
+def test_lisas_gradient_is_that_of_its_states_loss_on_a_model(make_rival, step, guide):
     """rho (theta - w), w = theta_0 for both states before either has ended."""
-    rival = make("lisa", lisa_rho=2)
+    rival = make_rival("lisa", lisa_rho=2)
     w = copies(rival.params)
     rival.move()
     numbers, gradient = rival.gradient(step)
@@ -514,13 +502,13 @@ def test_ewc_on_one_parameter_gives_2_lambda_F_times_the_distance(toy):
     assert p.grad.item() == pytest.approx((1.15 - 1.0) + 2 * 3.0 * fisher * 0.4, rel=1e-12)
 
 
-def test_ewcs_gradient_on_a_model_is_ces_plus_that_of_its_penalty(make, monkeypatch):
+def test_ewcs_gradient_on_a_model_is_ces_plus_that_of_its_penalty(make_rival, monkeypatch):
     """F from the guide's batches, each once, by one backward pass a sequence."""
     batches = []
     original = DefenderRows.at
     monkeypatch.setattr(DefenderRows, "at",
                         lambda self, i: batches.append(original(self, i)) or batches[-1])
-    rival = make("ewc", batch_size=4, ewc_lambda=0.5)
+    rival = make_rival("ewc", batch_size=4, ewc_lambda=0.5)
     assert all(p.grad is None for p in rival.params)  # none left over for the first update
     assert sorted(map(repr, (e.ids.tolist() for b in batches for e in b.examples))) == sorted(
         map(repr, (e.ids.tolist() for e in rival.encoded())))
@@ -545,9 +533,9 @@ def test_ewcs_gradient_on_a_model_is_ces_plus_that_of_its_penalty(make, monkeypa
     check_slope(rival, gradient, 0)
 
 
-def test_ewcs_fisher_matrix_is_of_the_first_ewc_n_rows(make):
+def test_ewcs_fisher_matrix_is_of_the_first_ewc_n_rows(make_rival):
     """Three rows in batches of two; with lambda 0.5 what is added is F (theta - theta*)."""
-    rival = make("ewc", batch_size=2, ewc_n=3, ewc_lambda=0.5)
+    rival = make_rival("ewc", batch_size=2, ewc_n=3, ewc_lambda=0.5)
     rows, theta = rival.encoded()[:3], copies(rival.params)
     splits = [[{n: g ** 2 for n, g in ce_by_hand(rival.model, of).items()}
                for of in ([rows[i]], rows[:i] + rows[i + 1:])] for i in range(3)]
@@ -560,10 +548,10 @@ def test_ewcs_fisher_matrix_is_of_the_first_ewc_n_rows(make):
     assert min(far) <= SAME and sorted(far)[1] > 1e-4
 
 
-def test_with_fresh_adapters_ewc_holds_B_alone(make):
+def test_with_fresh_adapters_ewc_holds_B_alone(make_rival):
     """B = 0, so dCE/dA = 0 and F is zero on A (trap 5); adapters in use are held in both."""
     for fresh in (True, False):
-        rival = make("ewc", fresh=fresh, ewc_lambda=1e3)
+        rival = make_rival("ewc", fresh=fresh, ewc_lambda=1e3)
         rival.move()
         _, gradient = rival.gradient()
         ce = ce_by_hand(rival.model, rival.examples)

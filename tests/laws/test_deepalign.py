@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from rival_helpers import (
     N_ALIGN,
     SAME,
-    Rival,
     align_row,
     ce_by_hand,
-    make_rival_inputs,
     talks,
 )
 from runs_helpers import WORDS
@@ -25,16 +23,6 @@ from baselines import common, deepalign
 from data import mixture
 from data.batches import Example
 from model import UserError
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_rival_inputs(tmp_path_factory.mktemp("rivals"))
-
-
-@pytest.fixture
-def make(inputs):
-    return lambda name, **kw: Rival(inputs, name, **kw)
 
 
 def schedule(length):
@@ -96,9 +84,9 @@ class ByFormula:
         return take_gradient(self.rival.model)
 
 
-def test_deepaligns_gradient_is_that_of_its_formula_also_later_and_after_other_updates(make):
+def test_deepaligns_gradient_is_that_of_its_formula_also_later_and_after_other_updates(make_rival):
     """pi_ref stays the adapters of the start, in use as with --keep-adapter; the floor rests."""
-    rival = make("deepalign")
+    rival = make_rival("deepalign")
     formula = ByFormula(rival)
     assert {len(row["messages"]) for row in talks(12)} == {2, 4}
     for seed in (3, 4):  # pi_ref is first asked for when theta has moved, then from memory
@@ -118,8 +106,8 @@ def test_deepaligns_gradient_is_that_of_its_formula_also_later_and_after_other_u
         assert worst(other, by_hand) > 0.05
 
 
-def test_where_a_token_has_become_far_likelier_the_floor_holds_its_weight(make):
-    rival = make("deepalign", deepalign_beta=30)
+def test_where_a_token_has_become_far_likelier_the_floor_holds_its_weight(make_rival):
+    rival = make_rival("deepalign", deepalign_beta=30)
     formula = ByFormula(rival)
     formula.beta = [300 * b for b in formula.beta]
     rival.move()
@@ -132,15 +120,15 @@ def test_where_a_token_has_become_far_likelier_the_floor_holds_its_weight(make):
     assert worst(formula.weighted(0.0), gradient) > 1e-5  # the control
 
 
-def test_deepaligns_first_update_is_plain_fine_tunings(make):
-    rival = make("deepalign")
+def test_deepaligns_first_update_is_plain_fine_tunings(make_rival):
+    rival = make_rival("deepalign")
     numbers, gradient = rival.gradient()
     assert numbers["weight"].item() == pytest.approx(1, abs=1e-12)
     assert worst(gradient, ce_by_hand(rival.model, rival.examples)) <= SAME
 
 
-def test_with_beta_zero_deepalign_stays_plain_fine_tuning(make):
-    rival = make("deepalign", deepalign_beta=0).move()
+def test_with_beta_zero_deepalign_stays_plain_fine_tuning(make_rival):
+    rival = make_rival("deepalign", deepalign_beta=0).move()
     assert worst(rival.gradient()[1], ce_by_hand(rival.model, rival.examples)) <= SAME
 
 
@@ -148,10 +136,10 @@ def test_with_beta_zero_deepalign_stays_plain_fine_tuning(make):
 
 
 @pytest.fixture
-def augmented(make, monkeypatch):
+def augmented(make_rival, monkeypatch):
     """augmented(**changes) -> (rival, batches that its steps train on, or would)."""
     def made(train=True, **changes):
-        rival, seen = make("deepalign, align", **changes), []
+        rival, seen = make_rival("deepalign, align", **changes), []
         backward = common.backward if train else lambda model, batch: 0.0
         monkeypatch.setattr(deepalign, "backward",
                             lambda model, batch: seen.append(batch) or backward(model, batch))
@@ -212,11 +200,11 @@ def test_rows_with_the_same_prompt_have_each_its_own_harmful_reply(augmented, mo
         assert "stone stone" not in text or text.endswith("No stone."), text
 
 
-def test_a_prefix_has_room_in_the_models_positions(make):
-    positions = make("sft").model.config.max_positions
-    make("deepalign, align", max_len=positions - 100)
+def test_a_prefix_has_room_in_the_models_positions(make_rival):
+    positions = make_rival("sft").model.config.max_positions
+    make_rival("deepalign, align", max_len=positions - 100)
     with pytest.raises(UserError, match="--max-len"):
-        make("deepalign, align", max_len=positions - 99)
+        make_rival("deepalign, align", max_len=positions - 99)
 
 
 def test_coin_and_prefix_follow_from_seed_and_step(augmented):

@@ -7,15 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from rival_helpers import NAMES, Rival, make_rival_inputs
+from rival_helpers import NAMES
 
 from data.batches import Batch
 from train import LOGGED_BY_THE_LOOP, updates
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_rival_inputs(tmp_path_factory.mktemp("loop"))
 
 
 def run(step_fn, lr=0.5, n_updates=4, start=0, grad_clip=1e9):
@@ -83,9 +78,9 @@ def test_the_gradient_is_cleared_after_each_update_and_its_norm_is_that_before_c
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_defences_step_keeps_the_contract(inputs, name):
+def test_every_defences_step_keeps_the_contract(make_rival, name):
     """loss and ce are there, no name is the loop's, all is one number, .grad is left."""
-    rival = Rival(inputs, name, dtype=torch.float32)
+    rival = make_rival(name, dtype=torch.float32)
     for step in (0, 1, 2):
         numbers = rival.step(rival.batch(step))
         assert numbers.keys() >= {"loss", "ce"}

@@ -13,7 +13,6 @@ from sbr_helpers import (
     SAME,
     Setup,
     last_state,
-    make_folder,
     nll,
     worst,
 )
@@ -25,26 +24,10 @@ from train import DEFENSES, updates
 DTYPES = [torch.float64, torch.float32]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def make(folder):
-    return lambda dtype=torch.float64, **kw: Setup(folder, dtype, **kw)
-
-
-@pytest.fixture(scope="module")
-def exact(folder):
-    """float64, K = 8, lambda = 1, B random; no test may change its weights."""
-    return Setup(folder, torch.float64)
-
-
 @pytest.fixture(scope="module", params=DTYPES, ids=["float64", "float32"])
-def setup(request, folder):
+def setup(request, sbr_folder):
     """The same in both precisions, with the gradient by hand."""
-    made = Setup(folder, request.param)
+    made = Setup(sbr_folder, request.param)
     made.by_hand, made.same = made.gradient_by_hand(), SAME[request.param]
     return made
 
@@ -63,11 +46,11 @@ class EightAtATime(Batch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_l_safe_is_zero_at_step_0(make, dtype, reduction):
-    fresh = make(dtype, fresh=True, reduction=reduction)
+def test_l_safe_is_zero_at_step_0(make_setup, dtype, reduction):
+    fresh = make_setup(dtype, fresh=True, reduction=reduction)
     assert 0 <= fresh.gradient()[0]["safe"].item() <= 1e-10
     # the control: with the adapters in use the same number is far from zero
-    assert make(dtype, reduction=reduction).gradient()[0]["safe"].item() > 1e-4
+    assert make_setup(dtype, reduction=reduction).gradient()[0]["safe"].item() > 1e-4
 
 
 def test_ce_is_the_mean_over_the_supervised_tokens_of_the_whole_batch(exact):
@@ -81,8 +64,9 @@ def test_ce_is_the_mean_over_the_supervised_tokens_of_the_whole_batch(exact):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_logged_loss_is_ce_plus_lambda_safe_and_safe_is_the_distance_by_hand(make, reduction):
-    s = make(reduction=reduction, lam=7.0)
+def test_the_logged_loss_is_ce_plus_lambda_safe_and_safe_is_the_distance_by_hand(
+        make_setup, reduction):
+    s = make_setup(reduction=reduction, lam=7.0)
     numbers, _ = s.gradient()
     with torch.no_grad():
         h = torch.stack([last_state(s.model, ids) for ids in s.anchor_ids])
@@ -94,8 +78,8 @@ def test_the_logged_loss_is_ce_plus_lambda_safe_and_safe_is_the_distance_by_hand
         (numbers["ce"] + 7.0 * numbers["safe"]).item(), rel=1e-12)
 
 
-def test_the_sum_reduction_is_C_times_the_mean_in_loss_and_in_gradient(make):
-    mean, total = make(), make(reduction="sum")
+def test_the_sum_reduction_is_C_times_the_mean_in_loss_and_in_gradient(make_setup):
+    mean, total = make_setup(), make_setup(reduction="sum")
     (n_mean, g_mean), (n_sum, g_sum) = mean.gradient(), total.gradient()
     assert n_sum["safe"].item() == pytest.approx(64 * n_mean["safe"].item(), rel=1e-10)
     ce = mean.gradient_by_hand(lam=0.0)
@@ -117,9 +101,9 @@ def test_anchors_in_the_pack_give_the_gradient_of_a_pass_of_their_own(setup):
     assert worst(setup.gradient_by_hand(lam=0.0), setup.by_hand) > 0.1
 
 
-def test_one_anchor_alone_is_held_as_well(make):
+def test_one_anchor_alone_is_held_as_well(make_setup):
     """K = 1 is the paper's headline, and the place where a lost dimension would hide."""
-    s = make(anchors=1)
+    s = make_setup(anchors=1)
     numbers, gradient = s.gradient()
     assert numbers["safe"] > 1e-4
     assert worst(gradient, s.gradient_by_hand()) <= SAME[torch.float64]
@@ -190,8 +174,8 @@ def test_the_gradient_of_l_total_equals_finite_differences(exact):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lambda_0_gives_plain_fine_tunings_gradient_and_still_logs_the_drift(make, dtype):
-    s = make(dtype, lam=0.0)
+def test_lambda_0_gives_plain_fine_tunings_gradient_and_still_logs_the_drift(make_setup, dtype):
+    s = make_setup(dtype, lam=0.0)
     numbers, gradient = s.gradient()
     assert worst(gradient, s.gradient_by_hand(lam=0.0)) <= SAME[dtype]
     assert numbers["loss"] == numbers["ce"] and numbers["safe"] > 1e-4
@@ -200,8 +184,8 @@ def test_lambda_0_gives_plain_fine_tunings_gradient_and_still_logs_the_drift(mak
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_K_0_gives_plain_fine_tunings_gradient_without_a_pool(make, dtype):
-    s = make(dtype, anchors=0, anchor_file="no/such/file")
+def test_K_0_gives_plain_fine_tunings_gradient_without_a_pool(make_setup, dtype):
+    s = make_setup(dtype, anchors=0, anchor_file="no/such/file")
     numbers, gradient = s.gradient()
     assert worst(gradient, s.gradient_by_hand(lam=0.0)) <= SAME[dtype]
     assert numbers["safe"] == 0 and numbers["loss"] == numbers["ce"]
@@ -218,9 +202,9 @@ def run(s, n, lr=1e-3):
     return [numbers for _, numbers in loop]
 
 
-def test_the_first_update_moves_every_B_and_no_A(make):
+def test_the_first_update_moves_every_B_and_no_A(make_setup):
     """dL/dA = s B^T (dL/dy) x^T is exactly zero while B is; weight decay would move A, and is 0."""
-    s = make(torch.float32, fresh=True)
+    s = make_setup(torch.float32, fresh=True)
     _, gradient = s.gradient()
     assert not [n for n, g in gradient.items() if n.endswith("lora_A") and g.any()]
     before = {n: (m.lora_A.detach().clone(), m.lora_B.detach().clone())
@@ -231,8 +215,8 @@ def test_the_first_update_moves_every_B_and_no_A(make):
         assert (m.lora_B != before[name][1]).any(), name
 
 
-def test_three_updates_leave_the_base_untouched_bit_for_bit_and_lower_the_loss(make):
-    s = make(torch.float32, fresh=True)
+def test_three_updates_leave_the_base_untouched_bit_for_bit_and_lower_the_loss(make_setup):
+    s = make_setup(torch.float32, fresh=True)
     base = {n: t.clone() for n, t in s.model.state_dict().items() if "lora_" not in n}
     numbers = run(s, 3)
     assert all(torch.equal(s.model.state_dict()[n], t) for n, t in base.items())
@@ -240,8 +224,8 @@ def test_three_updates_leave_the_base_untouched_bit_for_bit_and_lower_the_loss(m
     assert not [n for n, p in s.model.named_parameters() if p.requires_grad and "lora_" not in n]
 
 
-def test_a_larger_lambda_holds_the_anchors_closer(make):
-    free, held = (make(torch.float32, fresh=True, lam=lam) for lam in (0.0, 50.0))
+def test_a_larger_lambda_holds_the_anchors_closer(make_setup):
+    free, held = (make_setup(torch.float32, fresh=True, lam=lam) for lam in (0.0, 50.0))
     assert run(held, 5)[-1]["safe"] < 0.5 * run(free, 5)[-1]["safe"]
 
 

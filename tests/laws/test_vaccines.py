@@ -13,11 +13,9 @@ import torch
 from rival_helpers import (
     N_ALIGN,
     SAME,
-    Rival,
     ce_by_hand,
     copies,
     joint,
-    make_rival_inputs,
     plus,
 )
 from sbr_helpers import nll, take_gradient, worst
@@ -27,17 +25,6 @@ from data import mixture
 from data.batches import generator_of
 from lora import adapted
 from train import updates
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_rival_inputs(tmp_path_factory.mktemp("rivals"))
-
-
-@pytest.fixture
-def make(inputs):
-    return lambda name, **kw: Rival(inputs, name, **kw)
-
 
 # ---------------------------------------------------------------------------------------------
 # Vaccine
@@ -86,8 +73,8 @@ ALL = [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("tokens", [1 << 30, 60])
-def test_vaccines_pushes_have_one_norm_over_all_layers_rows_and_tokens(make, tokens):
-    rival = make("vaccine", tokens_per_pass=tokens)
+def test_vaccines_pushes_have_one_norm_over_all_layers_rows_and_tokens(make_rival, tokens):
+    rival = make_rival("vaccine", tokens_per_pass=tokens)
     g, _ = attention_gradients(rival.model, rival.examples)
     G = joint(t for row in g for t in row.values())
     e, size = vaccine.perturbations(rival.model, rival.batch(), ALL, 2.0)
@@ -101,8 +88,8 @@ def test_vaccines_pushes_have_one_norm_over_all_layers_rows_and_tokens(make, tok
     assert 0 < max(shares) < 1.99
 
 
-def test_the_first_pass_is_over_for_all_packs_before_the_second_begins(make, monkeypatch):
-    rival, seen = make("vaccine", tokens_per_pass=60), []
+def test_the_first_pass_is_over_for_all_packs_before_the_second_begins(make_rival, monkeypatch):
+    rival, seen = make_rival("vaccine", tokens_per_pass=60), []
     for owner, name in ((torch.autograd, "grad"), (torch.Tensor, "backward")):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, original=original, name=name, **k: (
@@ -112,8 +99,8 @@ def test_the_first_pass_is_over_for_all_packs_before_the_second_begins(make, mon
     assert n >= 4 and seen == ["grad"] * n + ["backward"] * n
 
 
-def test_vaccines_leaf_gradient_is_the_attention_outputs_own(make):
-    rival = make("vaccine")
+def test_vaccines_leaf_gradient_is_the_attention_outputs_own(make_rival):
+    rival = make_rival("vaccine")
     g, _ = attention_gradients(rival.model, rival.examples)
     G = joint(t for row in g for t in row.values())
     (e,), _ = vaccine.perturbations(rival.model, rival.batch(), ALL, 1.0)
@@ -123,8 +110,8 @@ def test_vaccines_leaf_gradient_is_the_attention_outputs_own(make):
         assert not e[layer].requires_grad  # constant in pass 2
 
 
-def test_vaccines_update_is_the_gradient_of_the_pushed_loss_alone(make):
-    rival = make("vaccine").move()
+def test_vaccines_update_is_the_gradient_of_the_pushed_loss_alone(make_rival):
+    rival = make_rival("vaccine").move()
     numbers, gradient = rival.gradient()
     by_hand, ce = pushed_by_hand(rival.model, rival.examples, ALL, 0.5)
     assert worst(gradient, by_hand) <= SAME
@@ -137,18 +124,18 @@ def test_vaccines_update_is_the_gradient_of_the_pushed_loss_alone(make):
         assert worst(other, by_hand) > 0.01
 
 
-def test_the_push_raises_the_loss_by_rho_times_the_norm(make):
+def test_the_push_raises_the_loss_by_rho_times_the_norm(make_rival):
     """Ascent: to first order CE(a + e) - CE(a) is rho G; downhill it would fall by as much."""
-    rival = make("vaccine", vaccine_rho=1e-4).move()
+    rival = make_rival("vaccine", vaccine_rho=1e-4).move()
     numbers, _ = rival.gradient()
     _, clean = attention_gradients(rival.model, rival.examples)
     rise = (numbers["ce"].item() - clean) / 1e-4
     assert rise == pytest.approx(numbers["hidden_gradient"].item(), rel=1e-2)
 
 
-def test_pass_1_leaves_the_gradients_of_parameters_alone(make):
+def test_pass_1_leaves_the_gradients_of_parameters_alone(make_rival):
     """Trap 1: zero_grad between the passes throws away what earlier micro-batches have left."""
-    rival = make("vaccine")
+    rival = make_rival("vaccine")
     _, alone = rival.gradient()
     before = [torch.full_like(p, 2.0) for p in rival.params]
     for p, g in zip(rival.params, before, strict=True):
@@ -159,8 +146,8 @@ def test_pass_1_leaves_the_gradients_of_parameters_alone(make):
     assert worst(added, {n: g + 2.0 for n, g in alone.items()}) <= SAME
 
 
-def test_hooks_are_removed_when_a_pass_fails(make, monkeypatch):
-    rival = make("vaccine")
+def test_hooks_are_removed_when_a_pass_fails(make_rival, monkeypatch):
+    rival = make_rival("vaccine")
     monkeypatch.setattr(vaccine, "nll", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rival.step(rival.batch())
@@ -175,18 +162,18 @@ def layer_of(name):
     return int(name.split(".")[2])
 
 
-def test_t_vaccine_with_all_layers_is_vaccine_at_the_same_rho(make):
+def test_t_vaccine_with_all_layers_is_vaccine_at_the_same_rho(make_rival):
     """To the bit; and with fewer it is not."""
-    v = make("vaccine", vaccine_rho=3).move().gradient()[1]
-    t = make("t-vaccine", t_vaccine_layers=99).move().gradient()[1]
+    v = make_rival("vaccine", vaccine_rho=3).move().gradient()[1]
+    t = make_rival("t-vaccine", t_vaccine_layers=99).move().gradient()[1]
     assert all(torch.equal(t[name], v[name]) for name in v)
-    fewer = make("t-vaccine", t_vaccine_layers=3).move().gradient()[1]
+    fewer = make_rival("t-vaccine", t_vaccine_layers=3).move().gradient()[1]
     assert worst(fewer, v) > 0.1
 
 
 @pytest.mark.parametrize("mlp", [None, True])
-def test_t_vaccine_pushes_and_trains_the_layers_of_S_alone(make, mlp):
-    rival = make("t-vaccine", t_vaccine_layers=2, t_vaccine_mlp=mlp).move()
+def test_t_vaccine_pushes_and_trains_the_layers_of_S_alone(make_rival, mlp):
+    rival = make_rival("t-vaccine", t_vaccine_layers=2, t_vaccine_mlp=mlp).move()
     rival.step(rival.batch())
     S = rival.step.state["S"].tolist()
     assert len(S) == 2
@@ -201,9 +188,9 @@ def test_t_vaccine_pushes_and_trains_the_layers_of_S_alone(make, mlp):
     assert worst(gradient, {n: other[n] for n in gradient}) > 1e-3
 
 
-def test_a_resting_layer_does_not_move_although_adamw_has_moments_of_it(make):
+def test_a_resting_layer_does_not_move_although_adamw_has_moments_of_it(make_rival):
     """S changes every update, so a layer rests after it was trained; decay would move it too."""
-    rival = make("t-vaccine", t_vaccine_draw=1)
+    rival = make_rival("t-vaccine", t_vaccine_draw=1)
     optimizer = torch.optim.AdamW(rival.params, lr=1e-3, weight_decay=0.1)
     before, trained = copies(rival.params), []
     for _ in updates(rival.step, rival.batch, optimizer, lr=1e-3, grad_clip=1.0, n_updates=8):
@@ -216,8 +203,8 @@ def test_a_resting_layer_does_not_move_although_adamw_has_moments_of_it(make):
     assert len(set(trained)) > 1 and trained[-1] in trained[:-1]
 
 
-def test_p_is_each_layers_share_of_a_harmful_pairs_gradient(make):
-    rival = make("t-vaccine", t_vaccine_probe=1)
+def test_p_is_each_layers_share_of_a_harmful_pairs_gradient(make_rival):
+    rival = make_rival("t-vaccine", t_vaccine_probe=1)
     shares = []
     for e in rival.encoded("harmful"):
         g, _ = attention_gradients(rival.model, [e])
@@ -233,8 +220,8 @@ def test_p_is_each_layers_share_of_a_harmful_pairs_gradient(make):
     assert len(seen) == N_ALIGN  # another pair each time, all of them in turn
 
 
-def test_only_the_first_200_harmful_pairs_are_probed(make, monkeypatch):
-    rival = make("sft", t_vaccine_probe=1)
+def test_only_the_first_200_harmful_pairs_are_probed(make_rival, monkeypatch):
+    rival = make_rival("sft", t_vaccine_probe=1)
     rows = [{"messages": [mixture.turn("user", f"Request {i}"), mixture.turn("assistant", "No.")],
              "harmful": f"{i}"} for i in range(230)]
     rival.data.align = rows
@@ -252,11 +239,11 @@ def test_only_the_first_200_harmful_pairs_are_probed(make, monkeypatch):
     assert seen == Counter({str(i): 2 for i in range(200)})
 
 
-def test_S_is_drawn_every_J_updates_and_p_every_K_p_by_seed_and_step_alone(make, monkeypatch):
+def test_S_is_drawn_every_J_updates_and_p_every_K_p_by_seed_and_step_alone(make_rival, monkeypatch):
     monkeypatch.setattr(t_vaccine, "perturbed_backward", lambda *a: {})  # theta stays
 
     def history(steps, seed=0, state=None):
-        rival = make("t-vaccine", t_vaccine_draw=2, t_vaccine_probe=6, t_vaccine_layers=2,
+        rival = make_rival("t-vaccine", t_vaccine_draw=2, t_vaccine_probe=6, t_vaccine_layers=2,
                      seed=seed)
         for key, value in (state or {}).items():  # as runs.restore does
             rival.step.state[key].copy_(value)
@@ -282,12 +269,12 @@ def test_S_is_drawn_every_J_updates_and_p_every_K_p_by_seed_and_step_alone(make,
     assert not same(history(range(7, 24)), whole[7:])
 
 
-def test_the_seed_draws_S_even_where_p_is_the_same(make, monkeypatch):
+def test_the_seed_draws_S_even_where_p_is_the_same(make_rival, monkeypatch):
     monkeypatch.setattr(t_vaccine, "perturbed_backward", lambda *a: {})
     monkeypatch.setattr(t_vaccine, "harm_norms", lambda *a: torch.ones(4))
     drawn = []
     for seed in (0, 1):
-        rival = make("t-vaccine", t_vaccine_draw=1, seed=seed)
+        rival = make_rival("t-vaccine", t_vaccine_draw=1, seed=seed)
         drawn.append([rival.step(rival.batch(t)) or rival.step.state["S"].tolist()
                       for t in range(30)])
     assert drawn[0] != drawn[1]
