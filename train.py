@@ -138,17 +138,18 @@ def train(run: Run, model, data, step_fn, optimizer, evaluate_if_due, args) -> P
         log.add(step, numbers)
         epochs_done = (step + 1) // per_epoch
         epoch_ends = (step + 1) % per_epoch == 0
-        if not epoch_ends and not stop.requested:
-            continue
-        log.flush()
         if epoch_ends:
+            log.flush()
             tqdm.write(epoch_line(epochs_done, progress))
             evaluate_if_due(epochs_done, progress)
-        if stop.requested or epochs_done % args.save_every == 0:
+            log.restart_clock()
+        checkpoint_is_due = epoch_ends and epochs_done % args.save_every == 0
+        if checkpoint_is_due or stop.requested:
+            log.flush()
             run.save(model, optimizer, step_fn, step + 1, progress)
-        if stop.requested:
-            raise KeyboardInterrupt
-        log.restart_clock()
+            log.restart_clock()
+            if stop.requested:  # here alone, so that no run stops without its checkpoint
+                raise KeyboardInterrupt
     return progress
 
 
@@ -242,17 +243,22 @@ def add_output_flags(group) -> None:
 
 def fill_defaults(args: Args) -> Args:
     """The flags with those defaults filled in that depend on other flags."""
-    stage = args.stage or DEFENSES[args.defense].stages[0]
+    stage = args.stage
+    if stage is None:
+        stage = DEFENSES[args.defense].stages[0]
     task = args.task
     if task is None and not args.data:
         task = "sst2"
+    eval_epochs = args.eval_epochs
+    if eval_epochs is None:
+        eval_epochs = (0, args.epochs)
     makes_a_mixture = not args.data and stage == "finetune"
     return args.replace(
         stage=stage,
         task=task,
         poison=args.poison if makes_a_mixture else 0.0,
         lam=args.lam if args.defense == "sbr" else 0.0,
-        eval_epochs=args.eval_epochs or (0, args.epochs))
+        eval_epochs=eval_epochs)
 
 
 def check_flags(args: Args) -> None:
