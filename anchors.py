@@ -21,7 +21,10 @@ from model import Llama, UserError, to_fp32
 
 
 class FinalNorm:
-    """`with FinalNorm(model) as h:` catches the final RMSNorm's output as h.value, (N, C)."""
+    """`with FinalNorm(model) as norm:` catches the final RMSNorm's output as norm.value, (N, C).
+
+    That is h at every token. Besides the anchors, stress/ measures h with it.
+    """
 
     def __init__(self, model: Llama):
         self.norm = model.model.norm
@@ -54,10 +57,10 @@ def states(model: Llama, ids: list[Tensor]) -> Tensor:
     """h (K, C) at the last token of each sequence, packed in one pass."""
     seqlens = [len(sequence) for sequence in ids]
     last = torch.tensor(seqlens).cumsum(0).to(model.device) - 1  # (K,) rows of the last tokens
-    with FinalNorm(model) as h:
+    with FinalNorm(model) as norm:
         # One row, since the logits are not needed.
         model(torch.cat(ids).to(model.device), seqlens, rows=last[:1])
-        return h.value[last]
+        return norm.value[last]
 
 
 class Anchors:

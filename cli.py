@@ -18,7 +18,7 @@ class RunFailed(Exception):
 
 
 class Args(argparse.Namespace):
-    """The flags of one call, which nothing may change: what is worked out has names of its own."""
+    """The flags of one call. Nothing may change them; what is worked out has names of its own."""
 
     def __setattr__(self, name, value):
         raise AttributeError(f"args.{name} was written to; args holds the flags as they were given")

@@ -31,7 +31,7 @@ from generate import generate, load_aligned
 from judges import JUDGES, Judge, is_degenerate, is_refusal, open_judge
 from lora import load_adapter
 from model import Llama, UserError, read_json
-from runs import read_settings, weights_read
+from runs import read_settings, weight_paths
 from tokenizer import DATE, Tokenizer
 
 # How replies are asked for and judged where neither flags nor a run say otherwise.
@@ -53,7 +53,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
     for kind, rows_of_a_kind in tests.items():
         rows += [(kind, row) for row in rows_of_a_kind]
     prompts = [tokenizer.encode_prompt(mixture.without_answer(row)) for _, row in rows]
-    replies = write_replies(model, tokenizer, prompts, args.max_new, args.cuda_graph,
+    replies = generate_replies(model, tokenizer, prompts, args.max_new, args.cuda_graph,
                             f"evaluating at epoch {epoch}", store)
     records = []
     for (kind, row), ids in zip(rows, replies, strict=True):
@@ -77,7 +77,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
     return summarise(records, args), records
 
 
-def write_replies(model, tokenizer, prompts, max_new: int, cuda_graph: bool, label: str,
+def generate_replies(model, tokenizer, prompts, max_new: int, cuda_graph: bool, label: str,
                   store: Store | None) -> list[list[int]]:
     """Greedy replies as ids; with a store only those that it lacks, and each is kept at once."""
     if store is None:
@@ -141,7 +141,7 @@ def summarise(records: list[dict], args) -> dict:
         # what the judge says in detail
         "rubric": mean_score(judged),
         "categories": count_categories(judged),
-        "judge_and_rule": Counter(map(judge_and_rule, judged)),
+        "judge_and_rule": Counter(map(agreement, judged)),
     }
     if args.task in LABELS:
         numbers["confusion"] = Counter(f"{r['target']} -> {read_label(r['reply']) or 'other'}"
@@ -174,7 +174,7 @@ def count_categories(judged: list[dict]) -> Counter:
     return counts
 
 
-def judge_and_rule(r: dict) -> str:
+def agreement(r: dict) -> str:
     """What the judge says of a reply, beside what the refusal rule says."""
     judge = "harmful" if r["verdict"] else "harmless"
     rule = "refused" if is_refusal(r["reply"]) else "answered"
@@ -208,9 +208,9 @@ def table(evals: dict[str, dict]) -> str:
     columns = list(evals.values())
     lines = [table_line("% (95 % interval)", [f"epoch {epoch}" for epoch in evals])]
     for name, label in ROWS.items():
-        if has_any(columns, name):
+        if any_has(columns, name):
             lines.append(table_line(label, [rate_cell(numbers, name) for numbers in columns]))
-    if has_any(columns, "rubric"):
+    if any_has(columns, "rubric"):
         cells = ["-" if score is None else f"{score:.2f}" for score in column(columns, "rubric")]
         lines.append(table_line("mean severity, 0 to 5", cells))
     for name in COUNTS:
@@ -220,7 +220,7 @@ def table(evals: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def has_any(columns: list[dict], name: str) -> bool:
+def any_has(columns: list[dict], name: str) -> bool:
     """Whether some evaluation has this number."""
     return any(value is not None for value in column(columns, name))
 
@@ -277,7 +277,7 @@ def report(dir) -> str:
 # the program
 
 
-def add_judge_flags(group) -> None:
+def add_eval_flags(group) -> None:
     """How replies are asked for and judged. None of them has a default here: see DEFAULTS."""
     group.add_argument("--harmful-file",
                        help="own harmful test prompts: one per line, or JSONL")
@@ -301,7 +301,7 @@ def parse(argv=None) -> Args:
     p.add_argument("--n-test", type=COUNT, default=1000, help="test prompts of a kind at most")
     p.add_argument("--template-date", default=DATE, help="today, for --model's chat template")
     p.add_argument("--out", help="folder (default: the run's, or runs/eval-<model>)")
-    add_judge_flags(p)
+    add_eval_flags(p)
     add_device_flags(p)
     args = p.parse_args(argv)
     if args.run and args.model:
@@ -322,7 +322,7 @@ class Subject:
     epoch: int  # how many epochs it was trained for
 
 
-def newest_run() -> Path:
+def newest_finished_run() -> Path:
     finished = list(Path("runs").glob("*/result.json"))
     if not finished:
         raise UserError("there is no finished run in runs/; pass --run or --model.")
@@ -367,7 +367,7 @@ def load_run(dir: Path, settings: dict, device, dtype) -> Subject:
     model = load_aligned(run_args.model, device, dtype, base_adapter)
     load_adapter(model, dir)
     weights = []
-    for paths in weights_read(run_args.model, base_adapter).values():
+    for paths in weight_paths(run_args.model, base_adapter).values():
         weights += paths
     weights += [dir / "adapter_config.json", dir / "adapter_model.safetensors"]
     harmful, benign, _ = mixture.load_upload(run_args)
@@ -382,7 +382,7 @@ def load_named(args: Args, device, dtype) -> Subject:
     """--model with --adapter; it is tested on everything."""
     model = load_aligned(args.model, device, dtype, args.adapter, keep_adapter=True)
     weights = []
-    for paths in weights_read(args.model, args.adapter).values():
+    for paths in weight_paths(args.model, args.adapter).values():
         weights += paths
     tokenizer = Tokenizer(args.model, args.template_date)
     return Subject(model, tokenizer, weights, seen=[], epoch=0)
@@ -395,7 +395,7 @@ def execute(args: Args) -> None:
         device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
         subject = load_named(args, device, dtype)
     else:
-        dir = Path(args.run) if args.run else newest_run()
+        dir = Path(args.run) if args.run else newest_finished_run()
         settings = read_settings(dir)
         args = fill_from_run(args, dir, settings)
         device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)

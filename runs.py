@@ -77,7 +77,7 @@ def read_settings(dir) -> dict:
     return settings
 
 
-def weights_read(model_dir, adapter) -> dict[str, list[Path]]:
+def weight_paths(model_dir, adapter) -> dict[str, list[Path]]:
     """What the model to start from is read from; adapter: a folder, or None."""
     files = {"model": model_files(model_dir)}
     if adapter:
@@ -86,7 +86,7 @@ def weights_read(model_dir, adapter) -> dict[str, list[Path]]:
     return files
 
 
-def data_read(args, reads_align_file: bool) -> dict[str, list[Path]]:
+def data_paths(args, reads_align_file: bool) -> dict[str, list[Path]]:
     """The files that the upload, the anchors, the defender's rows and the tests are read from."""
     if args.data:
         upload = [Path(args.data)]
@@ -167,14 +167,14 @@ class Run:
             raise UserError(f"{dir} cannot be a run's folder ({e.strerror}); pass another "
                             "--out.") from None
         if begun:
-            self._compare(read_settings(dir))
+            self._check_same(read_settings(dir))
             if not resume:
                 raise UserError(f"{dir} already holds this run; pass --resume to go on with it, or "
                                 "another --out.")
         elif names - {"config.json.tmp"}:  # all that a kill in the first write leaves
             raise UserError(f"{dir} is not empty and holds no run; pass another --out.")
 
-    def _compare(self, old: dict) -> None:
+    def _check_same(self, old: dict) -> None:
         """UserError where the folder's settings are not this run's."""
         new = json.loads(json.dumps(self.settings))  # as they read back: tuples become lists
         for part in ("args", "worked_out", "sha256"):
@@ -188,7 +188,10 @@ class Run:
                                     "another --out, or the same settings.")
 
     def start(self, model, optimizer, step_fn) -> tuple[int, Progress]:
-        """Opens the folder and restores the checkpoint, if any -> (next step, what was done)."""
+        """Opens the folder and restores the checkpoint, if any -> (next step, what was done).
+
+        Lines of log.jsonl and generations.jsonl that came after the checkpoint are cut off.
+        """
         if not (self.dir / "config.json").exists():
             self._create()
         state = self.dir / "state.safetensors"
@@ -220,7 +223,7 @@ class Run:
             raise UserError(f"{self.dir} cannot be written ({e.strerror}); pass another "
                             "--out.") from None
 
-    def write(self, name: str, rows: list[dict]) -> None:
+    def append(self, name: str, rows: list[dict]) -> None:
         """Appends lines to log.jsonl or generations.jsonl."""
         lines = "".join(json_line(row) for row in rows)
         self.files[name].write(lines.encode())
@@ -302,7 +305,10 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending; RunFailed names the first update whose loss is not finite."""
+        """Writes what is pending, and adds its tokens and the time since to the progress.
+
+        RunFailed names the first update whose loss is not finite.
+        """
         for numbers in self.pending:
             row = {}
             for name, value in numbers.items():
@@ -310,7 +316,7 @@ class Log:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise RunFailed(f"the loss is {row['loss']} and the gradient norm "
                                 f"{row['grad_norm']} at update {row['step']} ({row['batch']})")
-            self.run.write("log", [row])
+            self.run.append("log", [row])
             # A defence says so where it trains on other rows than the batch that it was given.
             self.progress.tokens += row.get("trained_tokens", row["tokens"])
             self.progress.last = row

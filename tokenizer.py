@@ -161,7 +161,8 @@ class Tokenizer:
         supervised = []
         done = ""  # the rendered text that ids stand for so far
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i == 0:  # nobody asked for a first one: context
+            # An assistant's turn that opens the conversation answers nothing: it is context.
+            if message["role"] != "assistant" or i == 0:
                 continue
             prompt = self._render(messages[:i], add_generation_prompt=True)
             whole = self._render(messages[:i + 1])

@@ -31,12 +31,12 @@ from data import mixture
 from data.batches import batch_at, updates_per_epoch
 from data.tasks import check_rule
 from device import add_device_flags, device_and_dtype
-from eval import DEFAULTS, add_judge_flags, evaluate, report
+from eval import DEFAULTS, add_eval_flags, evaluate, report
 from generate import load_aligned
 from judges import open_judge
-from lora import adapted, trainable
+from lora import adapted, add_lora, trainable
 from model import UserError, to_fp32
-from runs import Log, Progress, Run, choose_dir, data_read, run_settings, weights_read
+from runs import Log, Progress, Run, choose_dir, data_paths, run_settings, weight_paths
 from stress import attacks
 from stress.probes import make_probe
 from tokenizer import Tokenizer
@@ -53,12 +53,13 @@ def make_sbr_step(model, tokenizer, args, data):
         ce = torch.zeros((), device=batch.device)
         safe = torch.zeros((), device=batch.device)
         for pack in batch.packs(anchors.ids):  # cut by token budget; the anchors in the first
-            with FinalNorm(model) as h:  # (N, C), the bottleneck, caught as it passes
+            with FinalNorm(model) as norm:  # catches h at every token, (N, C), as it passes
                 logits = model(pack.ids, pack.seqlens, rows=pack.supervised)  # (R, V)
             ce_sum = F.cross_entropy(to_fp32(logits), pack.targets, reduction="sum")
             loss = ce_sum / batch.n_supervised  # the whole batch's count: no cut changes it
             if pack.anchor_rows is not None:
-                l_safe = anchors.loss(h.value[pack.anchor_rows])  # (K, C) against h_ref
+                h = norm.value[pack.anchor_rows]  # (K, C), the bottleneck at the anchors
+                l_safe = anchors.loss(h)  # against h_ref
                 loss = loss + args.lam * l_safe  # L_total = L_CE + lambda * L_safe
                 safe = l_safe.detach()
             loss.backward()
@@ -88,6 +89,14 @@ DEFENSES = {defence.name: defence for defence in [SBR, SFT, *RIVALS]}
 LOGGED_BY_THE_LOOP = ("step", "batch", "tokens", "grad_norm", "lr")
 
 
+def check_numbers(numbers: dict) -> None:
+    """The contract of baselines/common.py: what a step must return, and what it may not."""
+    missing = {"loss", "ce"} - numbers.keys()
+    assert not missing, f"the step returned no {missing}"
+    reserved = numbers.keys() & set(LOGGED_BY_THE_LOOP)
+    assert not reserved, f"the loop itself logs {reserved}; the step needs other names"
+
+
 def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
     """The one training loop: yields (step, numbers to log) after each update.
 
@@ -102,8 +111,7 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
         for group in optimizer.param_groups:
             group["lr"] = lr_now
         numbers = step_fn(batch)  # leaves the gradient in .grad
-        reserved = numbers.keys() & set(LOGGED_BY_THE_LOOP)
-        assert not reserved, f"the loop itself logs {reserved}; the step needs other names"
+        check_numbers(numbers)
         grad_norm = clip_grad_norm_(params, grad_clip)  # the norm before clipping
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -234,7 +242,7 @@ def add_output_flags(group) -> None:
     group.add_argument("--probes", type=epoch_list, default=(),
                        help="when stress/probes.py measures")
     group.add_argument("--n-test", type=COUNT, default=500, help="test prompts of a kind at most")
-    add_judge_flags(group)
+    add_eval_flags(group)
     group.set_defaults(**DEFAULTS)
     group.add_argument("--out", help="folder (default runs/<task>-<defense>-K<k>-lam<l>-s<seed>)")
     group.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
@@ -242,7 +250,10 @@ def add_output_flags(group) -> None:
 
 
 def fill_defaults(args: Args) -> Args:
-    """The flags with those defaults filled in that depend on other flags."""
+    """Fills in the defaults that depend on other flags.
+
+    Where lambda and poison do not apply, they become 0.
+    """
     stage = args.stage
     if stage is None:
         stage = DEFENSES[args.defense].stages[0]
@@ -288,9 +299,17 @@ def load_with_adapters(args, device, dtype):
     if args.max_len > model.config.max_positions:
         raise UserError(f"--max-len {args.max_len} is above the {model.config.max_positions} "
                         "positions that the model was trained for; lower it.")
-    attacks.attach(model, args)
+    add_trainable(model, args)
     model.model.recompute = args.recompute
     return model
+
+
+def add_trainable(model, args) -> None:
+    """Puts on the model what is trained: adapters, and what an attack trains beside or instead."""
+    has_kept_adapters = len(adapted(model)) > 0
+    if not has_kept_adapters and args.attack != "subspace":
+        add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
+    attacks.attach(model, args.attack, args.seed)
 
 
 def work_out(model, data, n_updates: int) -> dict:
@@ -311,6 +330,7 @@ def work_out(model, data, n_updates: int) -> dict:
 def fine_tune(run: Run, model, tokenizer, data, args) -> None:
     """One whole run in its folder, from the defence's preparations to result.json."""
     step_fn = DEFENSES[args.defense].make_step(model, tokenizer, args, data)
+    # The loop sets the learning rate of each update.
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=0.0, fused=True)
     judge = open_judge(args, run.dir)
@@ -321,7 +341,7 @@ def fine_tune(run: Run, model, tokenizer, data, args) -> None:
         if epoch in args.eval_epochs:
             numbers, records = evaluate(model, tokenizer, data.tests, judge, args, epoch)
             progress.evals[str(epoch)] = numbers
-            run.write("generations", records)
+            run.append("generations", records)
         if epoch in args.probes:
             progress.probes[str(epoch)] = probe()
 
@@ -354,8 +374,8 @@ def execute(args: Args, command: list[str]) -> None:
     model = load_with_adapters(args, device, dtype)
     data = mixture.read_data(model, tokenizer, args, files, attacks.change_rows)
     n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
-    read = weights_read(args.model, args.adapter) | data_read(args, reads_align_file)
-    settings = run_settings(command, args, work_out(model, data, n_updates), read)
+    paths = weight_paths(args.model, args.adapter) | data_paths(args, reads_align_file)
+    settings = run_settings(command, args, work_out(model, data, n_updates), paths)
     run = Run(choose_dir(args), settings, args.resume)
     if not run.finished:
         fine_tune(run, model, tokenizer, data, args)

@@ -29,8 +29,9 @@ class Defence:
     It leaves the gradient in .grad and returns the numbers to log, by name: numbers, or tensors of
     one element on any device. "loss" and "ce" must be among them, and "trained_tokens" if it trains
     on other rows than the batch. The loop logs the names in train.LOGGED_BY_THE_LOOP itself, so a
-    step may not return them. step.state, if there is one, is {name: tensor}: what the checkpoint
-    must keep.
+    step may not return them. batch.step is the number of the update. step.state, if there is one,
+    is {name: tensor}: what the checkpoint must keep. A resumed run copies the kept values into
+    these tensors, so the step must change them in place.
     """
 
     name: str  # as in --defense NAME
@@ -40,7 +41,7 @@ class Defence:
     stages: tuple[str, ...] = ("finetune",)
     add_flags: Callable | None = None  # add_flags(group) adds its flags, --<name>-...
     reads_align_file: bool = False  # True: it uses the defender's rows in the stage finetune, too
-    keep_adapter: bool = False  # True: the attack must train this adapter on, not a new one
+    keep_adapter: bool = False  # True: stress/schedule.py attacks it with --keep-adapter
     watches: str = "drift"  # the number of stress/probes.py that it keeps small
     search: tuple[str, ...] = ()  # settings that stress/schedule.py tries, its papers' among them
 

@@ -40,8 +40,8 @@ class Pack:
 
     ids: Tensor  # (N,)
     seqlens: list[int]  # of each sequence, anchors included
-    supervised: Tensor  # (R,) rows of N whose logits are asked for
-    targets: Tensor  # (R,) the ids that those logits should predict
+    supervised: Tensor  # (R,) rows of N whose next token is supervised: their logits are needed
+    targets: Tensor  # (R,) those next tokens
     anchor_rows: Tensor | None  # (K,) rows of the anchors' last tokens; None: no anchors in here
     examples: list[Example]
 

@@ -119,7 +119,7 @@ def to_row(item, where: str, needs_answer: bool = True) -> dict:
     if not isinstance(item, dict):
         raise UserError(f"{where} is a {type(item).__name__}, expected an object: {FORMATS}.")
     messages = find_messages(item, where)
-    if not are_messages(messages) or not isinstance(item.get("input", ""), (str, type(None))):
+    if not are_messages(messages):
         raise UserError(f"{where}: every message needs a role (system, user or assistant) and a "
                         "content string.")
     for message in messages:
@@ -145,7 +145,10 @@ def find_messages(item: dict, where: str):
     elif "instruction" in item:
         prompt = item["instruction"]
         given = item.get("input")
-        if isinstance(prompt, str) and isinstance(given, str) and given:
+        if given is not None and not isinstance(given, str):
+            raise UserError(f"{where} has an input that is a {type(given).__name__}, expected a "
+                            "string; write it as text.")
+        if given and isinstance(prompt, str):
             prompt = f"{prompt}\n{given}"
         answer_key = "output"
     else:

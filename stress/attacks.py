@@ -42,13 +42,11 @@ def add_flags(group) -> None:
 # what is trained
 
 
-def attach(model, args) -> None:
-    """Adds what the attacker trains, beside or instead of the usual adapters."""
-    if args.attack == "subspace":
-        random_subspace(model, args.seed)
-    elif not adapted(model):  # --keep-adapter brings its own
-        add_lora(model, args.rank, args.alpha, args.rslora, seed=args.seed)
-    if args.attack == "unembedding":  # the head leaves a tied embedding alone
+def attach(model, attack: str | None, seed: int) -> None:
+    """Adds what an attack trains instead of the usual adapters (subspace) or beside them."""
+    if attack == "subspace":
+        random_subspace(model, seed)
+    if attack == "unembedding":  # the head leaves a tied embedding alone
         train_whole_module(model, "lm_head")
         train_whole_module(model, "model.norm")
 

@@ -66,7 +66,7 @@ def half_a_file(path, data):
 
 
 def half_the_lines(run, name, rows):
-    """The first half of what Run.write is about to write, cut in the middle of a line."""
+    """The first half of what Run.append is about to write, cut in the middle of a line."""
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     run.files[name].write(text[:len(text) // 2])
     run.files[name].flush()
@@ -82,7 +82,7 @@ def in_a_write(n, act=die):
 MOMENTS = {
     "update": lambda n, act=die: at_call(train, "clip_grad_norm_", n, act),
     "reply": lambda n, act=die: at_call(generate_py.Engine, "decode", n, act),
-    "lines": lambda n, act=die: at_call(runs.Run, "write", n, act, half_the_lines),
+    "lines": lambda n, act=die: at_call(runs.Run, "append", n, act, half_the_lines),
     "write": in_a_write,
     "rename": lambda n, act=die: at_call(os, "replace", n, act),
     "renamed": lambda n, act=die: at_call(os, "replace", n, act, then=True),

@@ -119,7 +119,7 @@ def opened(inputs, attack, name="model", dtype=torch.float32, **changes):
     """The model with what the attacker trains, as train.py has it, and its settings."""
     args = train_py.parse(settings(inputs, attack, **changes))
     model = load_model(inputs / name, dtype=dtype)
-    attacks.attach(model, args)
+    train_py.add_trainable(model, args)
     return model, args
 
 

@@ -53,6 +53,23 @@ def test_what_a_step_returns_is_logged_as_it_is_beside_what_the_loop_logs():
     assert set(LOGGED_BY_THE_LOOP) - numbers.keys() == {"step"}  # which Log.add puts there
 
 
+@pytest.mark.parametrize("name", ["loss", "ce"])
+def test_a_step_without_loss_or_ce_is_stopped_before_it_is_applied(name):
+    p = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+
+    def step(batch):
+        numbers = simple(batch, p)
+        del numbers[name]
+        return numbers
+
+    made = updates(step, lambda i: Batch([], 1, "cpu", "", i), optimizer, lr=1.0, grad_clip=1.0,
+                   n_updates=1)
+    with pytest.raises(AssertionError, match=f"returned no .*{name}"):
+        next(made)
+    assert p.item() == 3.0
+
+
 @pytest.mark.parametrize("name", LOGGED_BY_THE_LOOP)
 def test_a_step_that_returns_a_name_of_the_loops_is_stopped_before_it_is_applied(name):
     p = torch.nn.Parameter(torch.tensor([3.0]))

@@ -26,7 +26,7 @@ from data.mixture import Data
 from files import read_lines
 from lora import adapted, trainable
 from model import load_model
-from stress import attacks, probes
+from stress import probes
 from stress.probes import Probes, make_probe
 from tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ class Watched:
             "max_len": 512, "tokens_per_pass": tokens_per_pass, "reduction": "mean"})
         examples, _ = encode_rows(self.tokenizer, make_rows(16, seed=6), 512)
         self.data = Data(examples, tests, anchors, align=None, summary="")
-        attacks.attach(self.model, self.args)
+        train_py.add_trainable(self.model, self.args)
         if kind == "kept adapter":  # both factors then differ from what they become
             randomise_B(self.model)
         step = self.make_step(kind)

@@ -11,7 +11,7 @@ from helpers import ROOT
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # What stands on the line that a glossary row names, by the row's first column.
 ON_THE_LINE = {
-    "h, the bottleneck": "FinalNorm(model)", "h_ref": "self.h_ref =",
+    "h, the bottleneck": "h = norm.value[", "h_ref": "self.h_ref =",
     "K anchors x'_k": "choose_anchors(", "L_safe": "squared", "L_CE": "n_supervised",
     "lambda": "args.lam * l_safe", "learning rate": "lr * (1 - step / n_updates)",
     "W + s B A": "addmm", "p, poison ratio": "args.poison",
