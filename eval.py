@@ -266,8 +266,10 @@ def report(dir) -> str:
     n_anchors = read_settings(dir)["args"]["anchors"]
     held = result["safe"] is not None and n_anchors > 0
     safe = f"{result['safe']:.3g}" if held else "-"
+    digests = {numbers["tests_sha256"] for numbers in result["evals"].values()}
+    differ = "\nthese evaluations asked different test files" if len(digests) > 1 else ""
     return (f"{samples(read_lines(dir / 'generations.jsonl'))}\n\n"
-            f"{table(result['evals'])}\n"
+            f"{table(result['evals'])}{differ}\n"
             f"{'anchor drift, L_safe':28}{safe:>22}\n"
             f"{'training':28}{result['seconds']:>20.0f} s, "
             f"{result['tokens_per_second']:,.0f} tokens/s, {result['peak_bytes'] / 1e6:,.0f} MB\n"
@@ -402,6 +404,8 @@ def execute(args: Args) -> None:
         subject = load_run(dir, settings, device, dtype)
     check_rule(args.task, args.fa_rule)
     tests = mixture.load_tests(args, subject.seen)
+    mixture.check_tests(subject.tokenizer, tests, args.max_new,
+                        subject.model.config.max_positions)
     out = Path(args.out)
     judge = open_judge(args, out)
     if out.exists() and not out.is_dir():

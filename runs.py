@@ -38,8 +38,11 @@ from lora import adapter_params, adapter_state, save_adapter
 from model import UserError, read_json
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
-# Flags that may change when a run is resumed. They change no number by more than rounding.
-FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph"}
+# Flags that may change when a run is resumed: those that change no number by more than rounding,
+# and those of the evaluation, which change no update.
+FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph",
+        "harmful_file", "n_test", "eval_epochs", "judge", "judge_model", "judge_max_len",
+        "judge_url", "judge_name", "fa_rule", "max_new"}
 # Of these flags the value in worked_out is compared, not the one that was typed.
 COMPARED_AS_WORKED_OUT = {"device", "dtype", "rank", "alpha", "rslora"}
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
@@ -167,7 +170,9 @@ class Run:
             raise UserError(f"{dir} cannot be a run's folder ({e.strerror}); pass another "
                             "--out.") from None
         if begun:
-            self._check_same(read_settings(dir))
+            old = read_settings(dir)
+            self._check_same(old)
+            self.settings["earlier_commands"] = [*old.get("earlier_commands", []), old["command"]]
             if not resume:
                 raise UserError(f"{dir} already holds this run; pass --resume to go on with it, or "
                                 "another --out.")
@@ -177,8 +182,9 @@ class Run:
     def _check_same(self, old: dict) -> None:
         """UserError where the folder's settings are not this run's."""
         new = json.loads(json.dumps(self.settings))  # as they read back: tuples become lists
-        for part in ("args", "worked_out", "sha256"):
-            ignored = FREE | COMPARED_AS_WORKED_OUT if part == "args" else set()
+        ignored_in = {"args": FREE | COMPARED_AS_WORKED_OUT, "sha256": {"tests"},
+                      "worked_out": set()}
+        for part, ignored in ignored_in.items():
             for key in [*new[part], *old[part]]:
                 there = old[part].get(key)
                 here = new[part].get(key)
@@ -210,6 +216,8 @@ class Run:
         for name, path in paths.items():
             self.files[name] = open(path, "a+b")
             self.files[name].truncate(sizes[name])
+        if "earlier_commands" in self.settings:  # a resumed run may have changed its tests
+            write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
         return step, progress
 
     def _create(self) -> None:
@@ -243,9 +251,17 @@ class Run:
         about = {"step": step, "done": vars(progress), "sizes": sizes}
         write_atomic(self.dir / "state.safetensors", save(tensors, {"run": json.dumps(about)}))
 
-    def finish(self, model, base: str, progress: Progress) -> None:
-        """The adapter, then result.json, whose presence says that the run is finished."""
+    def save_adapter(self, model) -> None:
+        """The adapter in PEFT's format."""
+        args = self.settings["args"]
+        base = args["model"]
+        if args["adapter"] and not args["keep_adapter"]:
+            base += f" + {args['adapter']}, merged"
         save_adapter(model, self.dir, base)
+
+    def finish(self, model, progress: Progress) -> None:
+        """The adapter, then result.json, whose presence says that the run is finished."""
+        self.save_adapter(model)
         result = {
             "hs": {epoch: numbers["hs"] for epoch, numbers in progress.evals.items()},
             "fa": {epoch: numbers["fa"] for epoch, numbers in progress.evals.items()},

@@ -178,7 +178,8 @@ class Tokenizer:
             supervised += [False] * len(context_ids)
             answer_ids = self._ids(whole[len(prompt):end.end()], first=not ids)
             ids += answer_ids
-            supervised += [True] * len(answer_ids)
+            is_supervised = message.get("weight") != 0  # 0: the answer is context alone
+            supervised += [is_supervised] * len(answer_ids)
             done = whole[:end.end()]
         rest = self._ids(self._render(messages)[len(done):], first=not ids)  # after the last turn
         return ids + rest, supervised + [False] * len(rest)

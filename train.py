@@ -15,6 +15,8 @@ zero weight decay is in its code (HFT_SBR.py:165-178 of soyoaaa/SBR at 188990b).
 gradient at 1 is the default of the Trainer that its code uses.
 """
 
+import hashlib
+import json
 import signal
 import sys
 
@@ -119,10 +121,12 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
                      "grad_norm": grad_norm, "lr": lr_now}
 
 
-def train(run: Run, model, data, step_fn, optimizer, evaluate_if_due, args) -> Progress:
+def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) -> Progress:
     """All updates, from where the run's folder stands, with log, evaluations and checkpoints.
 
-    evaluate_if_due(epoch, progress) makes the evaluation and the probes of an epoch's end.
+    evaluate_now(epoch, progress) may fail: a judge is down, the disk is full. So the checkpoint,
+    and in the end the adapter, are written before it, and a resumed run begins with the evaluation
+    that is missing.
     """
     per_epoch = updates_per_epoch(len(data.examples), args.batch_size)
     n_updates = per_epoch * args.epochs
@@ -136,8 +140,22 @@ def train(run: Run, model, data, step_fn, optimizer, evaluate_if_due, args) -> P
         return batch_at(data.examples, step, args.batch_size, args.seed, args.tokens_per_pass,
                         model.device)
 
-    if start == 0:
-        evaluate_if_due(0, progress)
+    def probe_if_due(epoch):
+        if epoch in args.probes and str(epoch) not in progress.probes:
+            progress.probes[str(epoch)] = probe()
+
+    def evaluate_if_due(epoch, step):
+        if epoch not in args.eval_epochs or str(epoch) in progress.evals:
+            return
+        evaluate_now(epoch, progress)
+        run.save(model, optimizer, step_fn, step, progress)
+        if stop.requested:
+            raise KeyboardInterrupt
+
+    # The evaluation of epoch 0, or one at which the run was stopped.
+    if start % per_epoch == 0:
+        probe_if_due(start // per_epoch)
+        evaluate_if_due(start // per_epoch, start)
     log.restart_clock()
     all_updates = updates(step_fn, batch_of, optimizer, lr=args.lr, grad_clip=args.grad_clip,
                           n_updates=n_updates, start=start)
@@ -146,18 +164,22 @@ def train(run: Run, model, data, step_fn, optimizer, evaluate_if_due, args) -> P
         log.add(step, numbers)
         epochs_done = (step + 1) // per_epoch
         epoch_ends = (step + 1) % per_epoch == 0
+        evaluation_follows = epoch_ends and epochs_done in args.eval_epochs
+        checkpoint_is_due = epoch_ends and epochs_done % args.save_every == 0
         if epoch_ends:
             log.flush()
             tqdm.write(epoch_line(epochs_done, progress))
-            evaluate_if_due(epochs_done, progress)
-            log.restart_clock()
-        checkpoint_is_due = epoch_ends and epochs_done % args.save_every == 0
-        if checkpoint_is_due or stop.requested:
+            probe_if_due(epochs_done)
+        if checkpoint_is_due or evaluation_follows or stop.requested:
             log.flush()
+            if step + 1 == n_updates:
+                run.save_adapter(model)
             run.save(model, optimizer, step_fn, step + 1, progress)
-            log.restart_clock()
             if stop.requested:  # here alone, so that no run stops without its checkpoint
                 raise KeyboardInterrupt
+        if epoch_ends:
+            evaluate_if_due(epochs_done, step + 1)
+            log.restart_clock()  # what an epoch ends with is not training
     return progress
 
 
@@ -312,6 +334,13 @@ def add_trainable(model, args) -> None:
     attacks.attach(model, args.attack, args.seed)
 
 
+def digest_of_rows(data) -> str:
+    """One digest over all that is trained on: the tokenised rows, and the defender's own."""
+    rows = [[e.ids.tolist(), e.predict.tolist()] for e in data.examples]
+    own = [[row["messages"], row["harmful"]] for row in data.align or []]
+    return hashlib.sha256(json.dumps([rows, own]).encode()).hexdigest()
+
+
 def work_out(model, data, n_updates: int) -> dict:
     """What follows from flags and files together, for config.json."""
     _, adapter = adapted(model)[0]
@@ -322,6 +351,7 @@ def work_out(model, data, n_updates: int) -> dict:
         "alpha": adapter.alpha,
         "rslora": adapter.rslora,
         "rows": len(data.examples),
+        "rows_sha256": digest_of_rows(data),
         "updates": n_updates,
         "anchor_prompts": data.anchor_prompts,
     }
@@ -334,23 +364,20 @@ def fine_tune(run: Run, model, tokenizer, data, args) -> None:
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=0.0, fused=True)
     judge = open_judge(args, run.dir)
+    probe = None
     if args.probes:
         probe = make_probe(model, tokenizer, data, optimizer, args.max_len, args.tokens_per_pass)
 
-    def evaluate_if_due(epoch: int, progress: Progress) -> None:
-        if epoch in args.eval_epochs:
-            numbers, records = evaluate(model, tokenizer, data.tests, judge, args, epoch)
-            progress.evals[str(epoch)] = numbers
-            run.append("generations", records)
-        if epoch in args.probes:
-            progress.probes[str(epoch)] = probe()
+    def evaluate_now(epoch: int, progress: Progress) -> None:
+        numbers, records = evaluate(model, tokenizer, data.tests, judge, args, epoch)
+        # A resumed run may ask other tests than the run that it continues.
+        numbers["tests_sha256"] = run.settings["sha256"]["tests"]
+        run.append("generations", records)
+        progress.evals[str(epoch)] = numbers
 
     print(opening(run, model, data.summary))
-    progress = train(run, model, data, step_fn, optimizer, evaluate_if_due, args)
-    base = args.model
-    if args.adapter and not args.keep_adapter:
-        base += f" + {args.adapter}, merged"
-    run.finish(model, base, progress)
+    progress = train(run, model, data, step_fn, optimizer, probe, evaluate_now, args)
+    run.finish(model, progress)
 
 
 def opening(run: Run, model, summary: str) -> str:

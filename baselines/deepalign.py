@@ -50,6 +50,8 @@ def add_flags(group) -> None:
                        help="beta of tokens from the sixth on")
     group.add_argument("--deepalign-benign", type=COUNT, default=256,
                        help="benign rows of the task for --stage align")
+    group.add_argument("--deepalign-max-new", type=COUNT, default=128,
+                       help="tokens of the model's own answer to such a row")
 
 
 def make_step(model, tokenizer, args, data):
@@ -182,12 +184,18 @@ def self_answered(model, tokenizer, args) -> list:
     path = Path(args.data_dir) / args.task / "train.jsonl"
     rows = mixture.read_rows(path)[:args.deepalign_benign]
     prompts = [tokenizer.encode_prompt(mixture.without_answer(row)) for row in rows]
-    replies = generate(model, prompts, args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids)
+    replies = generate(model, prompts, args.deepalign_max_new, tokenizer.stop_ids,
+                       n_ids=tokenizer.n_ids)
     answered = []
     for row, ids in zip(rows, replies, strict=True):
         answer = mixture.turn("assistant", tokenizer.decode(ids))
         answered.append({"messages": [*mixture.without_answer(row), answer]})
-    return encode_rows(tokenizer, answered, args.max_len)[0]
+    examples, _ = encode_rows(tokenizer, answered, args.max_len)
+    if not examples:
+        raise UserError(f"all {len(answered)} rows of {path} with the model's own answers are "
+                        f"longer than --max-len {args.max_len} tokens; raise it, or lower "
+                        "--deepalign-max-new.")
+    return examples
 
 
 DEFENCE = Defence(

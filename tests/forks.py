@@ -81,6 +81,7 @@ def in_a_write(n, act=die):
 
 MOMENTS = {
     "update": lambda n, act=die: at_call(train, "clip_grad_norm_", n, act),
+    "last evaluation": lambda n, act=die: at_call(train, "evaluate", n, act),
     "reply": lambda n, act=die: at_call(generate_py.Engine, "decode", n, act),
     "lines": lambda n, act=die: at_call(runs.Run, "append", n, act, half_the_lines),
     "write": in_a_write,

@@ -28,7 +28,7 @@ NAMES = {
     "sft": {}, "sbr": {"anchors": 2}, "lisa": {"lisa_k1": 2, "lisa_k2": 3}, "ewc": {},
     "deepalign": {}, "vaccine": {"vaccine_rho": 0.5}, "booster": {},
     "t-vaccine": {"t_vaccine_layers": 1, "t_vaccine_draw": 2, "t_vaccine_probe": 4},
-    "deepalign, align": {"stage": "align", "deepalign_benign": 8}}
+    "deepalign, align": {"stage": "align", "deepalign_benign": 8, "deepalign_max_new": 6}}
 N_ALIGN = 10
 SAME = 1e-10  # float64, whatever the order of sums
 

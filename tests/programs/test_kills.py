@@ -32,15 +32,19 @@ pytestmark = pytest.mark.usefixtures("here")
 # ---------------------------------------------------------------------------------------------
 # killed
 
-# Files are written in this order: config.json (1), a checkpoint an epoch (2 to 7), then the adapter
-# (8), its config (9) and result.json (10). An evaluation is 5 steps of decoding; lines are written
-# at every evaluation and every update, the 1st, 8th, 15th and 22nd time by an evaluation.
+# Files are written in this order: config.json (1); a checkpoint behind the evaluation of epoch 0
+# (2), at the end of each epoch (3, 4, 6, 7, 9, 12), and behind the evaluations of epochs 2, 4 and 6
+# (5, 8, 13); the adapter and its config before the last epoch's checkpoint (10, 11), and once more
+# in the end (14, 15); result.json (16). An evaluation is 5 steps of decoding; lines are written at
+# every evaluation and every update, the 1st, 8th, 15th and 22nd time by an evaluation.
 KILLS = [
     ("update", 1), ("update", 3), ("update", 4), ("update", 18), ("reply", 2), ("reply", 9),
     ("reply", 20), ("lines", 1), ("lines", 2), ("lines", 8), ("lines", 15), ("lines", 22),
     ("write", 1), ("write", 2), ("write", 3), ("write", 7), ("write", 8), ("write", 9),
-    ("write", 10), ("rename", 1), ("rename", 2), ("rename", 5), ("rename", 8), ("rename", 10),
-    ("renamed", 1), ("renamed", 2), ("renamed", 7), ("renamed", 8), ("renamed", 9)]
+    ("write", 10), ("write", 12), ("write", 13), ("write", 14), ("write", 16), ("rename", 1),
+    ("rename", 2), ("rename", 5), ("rename", 8), ("rename", 10), ("rename", 13), ("rename", 16),
+    ("renamed", 1), ("renamed", 2), ("renamed", 7), ("renamed", 8), ("renamed", 9),
+    ("renamed", 12), ("renamed", 13), ("renamed", 15)]
 
 
 @pytest.mark.parametrize("moment, nth", KILLS)
