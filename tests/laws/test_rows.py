@@ -148,7 +148,7 @@ def test_a_row_with_any_other_field_trains_as_meant_or_is_refused_by_its_name(se
     shape = rng.choice(list(SHAPES))
     item, meant = json.loads(json.dumps(SHAPES[shape]))
     key = rng.choice(KEYS + sorted(ORIGIN))
-    value = rng.choice(VALUES + [None, "", [], {}])
+    value = rng.choice([*VALUES, None, "", [], {}])
     places = [item]
     for field in ("messages", "conversations"):
         places += item.get(field, [])
