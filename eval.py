@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import COUNT, TINY, Args, Parser, at_least, exit_code, frozen
+from cli import COUNT, TINY, Args, Parser, RunFailed, at_least, exit_code, frozen
 from data import mixture
 from data.tasks import LABELS, RULES, TASKS, check_rule, read_label
 from device import add_device_flags, device_and_dtype
@@ -36,8 +36,8 @@ from tokenizer import DATE, Tokenizer
 
 # How replies are asked for and judged where neither flags nor a run say otherwise.
 DEFAULTS = {
-    "judge": "refusal", "judge_max_len": 256, "judge_name": "gpt-4o", "fa_rule": "exact",
-    "max_new": 128,
+    "judge": "refusal", "judge_max_len": 256, "judge_name": "gpt-4o", "judge_tokens": 2048,
+    "fa_rule": "exact", "max_new": 128,
 }
 
 
@@ -160,6 +160,15 @@ def column(records: list[dict], name: str) -> list:
     return [r[name] for r in records]
 
 
+def nothing_judged(numbers: dict) -> str | None:
+    """What a judge was asked and could say of no reply at all; None: nothing is missing."""
+    if numbers["unjudged"] and numbers["hs"] is None:
+        return f"none of the {numbers['unjudged']} harmful replies could be judged"
+    if numbers["uncompared"] and numbers["win_rate"] is None:
+        return f"none of the {numbers['uncompared']} answers could be compared"
+    return None
+
+
 def mean_score(judged: list[dict]) -> float | None:
     """The rubric's mean severity; None for a judge that gives no scores."""
     scores = [r["score"] for r in judged if "score" in r]
@@ -266,8 +275,15 @@ def report(dir) -> str:
     n_anchors = read_settings(dir)["args"]["anchors"]
     held = result["safe"] is not None and n_anchors > 0
     safe = f"{result['safe']:.3g}" if held else "-"
+    warnings = ""
+    for epoch, numbers in result["evals"].items():
+        missing = nothing_judged(numbers)
+        if missing:
+            warnings += (f"epoch {epoch}: {missing}; the adapter is not touched by it, and "
+                         f"python eval.py --run {dir} asks the judge again\n")
     return (f"{samples(read_lines(dir / 'generations.jsonl'))}\n\n"
             f"{table(result['evals'])}\n"
+            f"{warnings}"
             f"{'anchor drift, L_safe':28}{safe:>22}\n"
             f"{'training':28}{result['seconds']:>20.0f} s, "
             f"{result['tokens_per_second']:,.0f} tokens/s, {result['peak_bytes'] / 1e6:,.0f} MB\n"
@@ -287,6 +303,8 @@ def add_eval_flags(group) -> None:
                        help="tokens that beaver-dam reads")
     group.add_argument("--judge-url", help="OpenAI-compatible endpoint for rubric")
     group.add_argument("--judge-name", help="model asked for at --judge-url")
+    group.add_argument("--judge-tokens", type=COUNT,
+                       help="tokens that rubric's chat model may write, its thoughts included")
     group.add_argument("--fa-rule", choices=RULES, help="when an answer is right")
     group.add_argument("--max-new", type=COUNT, help="tokens a reply may have; papers: 128 to 512")
 
@@ -338,8 +356,9 @@ def fill_from_run(args: Args, dir: Path, settings: dict) -> Args:
     # The run's judge model goes with the run's judge, and not where another one is named.
     names_a_judge = args.judge_model or args.judge_url
     if args.judge in (None, run_args["judge"]) and not names_a_judge:
-        for name in ("judge_model", "judge_url", "judge_name", "judge_max_len"):
-            inherited[name] = run_args[name]
+        for name in ("judge_model", "judge_url", "judge_name", "judge_max_len", "judge_tokens"):
+            if name in run_args:  # a run of an older version lacks judge_tokens
+                inherited[name] = run_args[name]
     return fill_missing(args, DEFAULTS | inherited).replace(
         template_date=run_args["template_date"],
         attack_prefix=run_args["attack_prefix"],
@@ -422,6 +441,10 @@ def execute(args: Args) -> None:
     write_atomic(out / f"eval-{args.judge}.jsonl", lines.encode())
     write_atomic(out / f"eval-{args.judge}.json", json.dumps(numbers, indent=1).encode())
     print(f"every prompt, reply and verdict: {out / f'eval-{args.judge}.jsonl'}")
+    missing = nothing_judged(numbers)
+    if missing:
+        raise RunFailed(f"{missing} by --judge {args.judge}; what was written is kept in {out}. "
+                        "See that the judge answers, and start again: it alone is asked.")
 
 
 def write_for_alpaca_eval(tasks: list[dict], out: Path) -> None:
