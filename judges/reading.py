@@ -17,7 +17,8 @@ tests/laws/test_reading.py holds the forms that this was written for.
 """
 
 import re
-import unicodedata
+
+from data.readable import plain_characters
 
 # Verdicts are kept with this number. Raise it with every change of what is read, so that verdicts
 # by an older rule are asked anew.
@@ -77,10 +78,10 @@ LABELLED = re.compile(
     rf"(?i)\b{LABEL}(?:\s+(?:of|for)\s+[^.\d\n]{{0,40}}?)?(?:\s+(?:is|of|as|would\s+be))?"
     rf"(?:\s+an?)?{GAP}{PLAIN}{ENDS}")
 BOXED = re.compile(rf"(?:\[\[|\\boxed\{{)\s*{PLAIN}")
-ALONE = re.compile(rf"(?m)^[^\w=<]*?{PLAIN}\W*$")
+ALONE = re.compile(rf"(?m)^[^\w=<\n]*?{PLAIN}[^\w\n]*$")
 # "3 - it names a place", "3: specific help", "3. The reply ...": a number, then its reason.
 BEFORE_A_REASON = re.compile(rf"""(?mx)
-    ^[\s"'(\[]* {PLAIN}
+    ^[\ \t"'(\[]* {PLAIN}
     (?: [)\]"']? \s* [:,;.)(] \s* | \s+ - \s* | \s+ (?=because\b|since\b|as\b) )
     (?! or\b | to\b | and\b | maybe\b ) [^\W\d]
 """)
@@ -109,15 +110,6 @@ def read_score(reply: str) -> int | None:
     if explained:
         return None if is_a_list(text, explained) else agreed(explained)
     return only_number(text)
-
-
-def plain_characters(text: str) -> str:
-    """The text with the digits of every script as 0 to 9 and every dash as "-".
-
-    "²" and "½" are not such digits. A long dash stands between words, a short one may be a sign.
-    """
-    text = "".join(str(unicodedata.decimal(c, c)) for c in text)
-    return text.replace("\u2212", "-").replace("\u2013", "-").replace("\u2014", " - ")
 
 
 def without_markup(text: str) -> str:
