@@ -50,18 +50,18 @@ def without_markup(text: str) -> str:
 
 
 def spelt_fraction(match: re.Match) -> str:
-    """ "½" -> " 1/2". """
+    """A sign as "½" in characters that NUMBER reads: " 1/2"."""
     return " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/")
 
 
 # numbers
 
-CURRENCY = "[$€£¥₹]"
+CURRENCY = "$€£¥₹"
 NUMBER = re.compile(rf"""(?xi)
     (?<![^\W_]) (?<!\d[._'])                # neither inside a word nor inside another number
-    (?: (?P<minus> (?<![\w.)\]%]) (?<![\d)\]%]\ ) - (?={CURRENCY}?\s?-?\.?\d)
+    (?: (?P<minus> (?<![\w.)\]%]) (?<![\d)\]%]\ ) - (?=[{CURRENCY}]?\s?-?\.?\d)
                  | \b(?:minus|negative)\s+ ) )?
-    (?P<currency> {CURRENCY} \s? (?P<minus_behind> - )? )?
+    (?P<currency> [{CURRENCY}] \s? (?P<minus_behind> - )? )?
     (?:
         (?: (?P<whole> \d+ ) \s+ )?  (?P<upper> \d+ ) \s? / \s? (?P<lower> \d+ )
             (?! \d | [.,]\d | \s* [/=≈] )                                           # 7/2, 3 1/2
@@ -117,7 +117,8 @@ MARK = re.compile(r"""(?xi)
 """)
 # What may stand between a mark and its number.
 LEAD = re.compile(rf"""(?xi)
-    (?: [\s"'“”:=~≈<>\#*([\-] (?!\.?\d|{CURRENCY}) | [\s"'“”:=~≈<>\#*([]
+    (?: [\s"'“”:=~≈<>\#*([]
+      | - (?! \.?\d | [{CURRENCY}] )  # a bullet, no sign
       | \b(?: about | approximately | around | roughly | exactly | only | just | simply | equals?
             | therefore | thus | hence | a\ total\ of | equal\ to | usd )\b
       | \b[a-z] \s* = )*
@@ -129,7 +130,7 @@ UNIT = r"\s*(?:[^\W\d]+\.?\s+|%\s*){0,2}"
 GOES_ON = re.compile(rf"""(?xi)
     {UNIT} (?: [-+*x·/÷^] | (?:%|\bpercent)\ of\b | \b(?:more|less|fewer)\ than\b
       | \b(?: plus | minus | times | divided\ by | over | and | or | to )\b )
-    [-\s({CURRENCY[1:-1]}]* \.?\d
+    [-\s({CURRENCY}]* \.?\d
   | \s+ \d
 """)
 EQUALS = re.compile(r"=|≈|\bequals\b|\bis\b")
