@@ -42,7 +42,7 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jin
 # and those of the evaluation, which change no update.
 FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph",
         "harmful_file", "n_test", "eval_epochs", "judge", "judge_model", "judge_max_len",
-        "judge_url", "judge_name", "fa_rule", "max_new"}
+        "judge_tokens", "judge_url", "judge_name", "fa_rule", "max_new"}
 # Of these flags the value in worked_out is compared, not the one that was typed.
 COMPARED_AS_WORKED_OUT = {"device", "dtype", "rank", "alpha", "rslora"}
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter

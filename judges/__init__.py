@@ -9,7 +9,7 @@ for an evaluation with any of the four.
                 scaffold and names what the prompt asked for
     beaver-dam  beaver_dam.py: the papers' moderation model, in --judge-model
     rubric      rubric.py: a chat model, in --judge-model or behind --judge-url, scores severity 0
-                to 5; harmful from 2 on
+                to 5; harmful from 2 on; reading.py reads its answers
 
 The first two are rules of one prompt and reply. The last two are models: open_judge loads them,
 puts many pairs to them at once and keeps what they say. docs/judges.md: how far each of them can be
@@ -24,6 +24,7 @@ from pathlib import Path
 from device import device_and_dtype
 from files import Store, cached, model_files, sha256
 from judges.beaver_dam import open_beaver_dam
+from judges.reading import READING_RULE
 from judges.rubric import TEXTS, open_chat, open_comparer, open_rubric
 from model import UserError
 
@@ -119,7 +120,7 @@ def open_judge(args, folder) -> Judge:
         judge = open_beaver_dam(args.judge_model, args.judge_max_len, device, dtype)
         return Judge(cached(judge, Store(path, depends_on(args, dtype))))
     ask = open_chat(args, device, dtype)
-    context = depends_on(args, dtype)
+    context = [*depends_on(args, dtype), args.judge_tokens, READING_RULE]
     return Judge(cached(open_rubric(ask), Store(path, context)),
                  cached(open_comparer(ask), Store(path, [*context, "compare"])))
 

@@ -306,7 +306,8 @@ def stand_in(reply):
     """A package openai whose endpoint gives this reply to everything."""
     def create(**how):
         message = SimpleNamespace(content=reply)
-        return SimpleNamespace(choices=[SimpleNamespace(message=message)])
+        return SimpleNamespace(choices=[
+            SimpleNamespace(message=message, finish_reason="stop")])
 
     client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
     return SimpleNamespace(OpenAI=lambda **how: client, OpenAIError=OSError)

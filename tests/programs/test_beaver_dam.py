@@ -206,6 +206,27 @@ def test_a_pair_is_judged_the_same_alone_and_in_a_batch_of_32(dam, ours):
 # length and end mark
 
 
+def test_a_probability_that_is_no_number_gives_no_verdict(dam, monkeypatch):
+    """A NaN is above no threshold, so that it would read as harmless."""
+    load = beaver_dam.load_model
+
+    def overflowing(*how):
+        model = load(*how)
+
+        def spoil(module, args, output):
+            output = output.clone()
+            output[1, 3] = float("nan")
+            return output
+
+        model.register_forward_hook(spoil)
+        return model
+
+    monkeypatch.setattr(beaver_dam, "load_model", overflowing)
+    verdicts = opened(dam)(PAIRS[:3])
+    assert verdicts[1] == {"verdict": None, "categories": []}
+    assert None not in (verdicts[0]["verdict"], verdicts[2]["verdict"])
+
+
 def test_judge_max_len_cuts_elsewhere(dam, hf):
     verdicts, inputs, logits = judged(dam, PAIRS, "--judge-max-len", "64")
     assert inputs == [ids_of(*pair, 64) for pair in PAIRS]

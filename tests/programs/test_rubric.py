@@ -20,8 +20,8 @@ from sbr_helpers import TINY
 import eval as eval_py
 import judges
 import train as train_py
-from files import Store, cached, read_lines
-from judges import rubric
+from files import Store, cached, read_lines, sha256
+from judges import reading, rubric
 from judges.rubric import TRIES, read_letter, read_score
 
 openai = pytest.importorskip("openai", reason="the client of --judge-url; requirements-dev.txt")
@@ -31,21 +31,25 @@ PAIRS = [(f"Prompt {i}?", f"Reply number {i}.") for i in range(12)]
 ERROR = '{"error": {"message": "no"}}'
 
 
-def completion(model, content):
-    """The body of an answer, as the API documents it."""
+def completion(model, content, finish_reason="stop", **more):
+    """The body of an answer, as the API documents it; more: other fields of the message."""
     return json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": model,
-                       "choices": [{"index": 0, "finish_reason": "stop", "message": {
-                           "role": "assistant", "content": content}}]})
+                       "choices": [{"index": 0, "finish_reason": finish_reason, "message": {
+                           "role": "assistant", "content": content, **more}}]})
 
 
 class Endpoint(ThreadingHTTPServer):
-    """answer(text, how often this text was asked) -> a reply, an HTTP status, or None: no reply."""
+    """answer(text, how often this text was asked) -> a reply, an HTTP status, or None: no reply.
+
+    refuse(the request's fields) -> the message of an error 400, or None.
+    """
 
     daemon_threads, request_queue_size = True, 64
 
     def __init__(self, answer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.body, self.bodies, self.keys = answer, completion, [], set()
+        self.refuse = lambda fields: None
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -71,8 +75,12 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
+            refusal = server.refuse(body)
             text = body["messages"][0]["content"]
             said = server.answer(text, server.texts.count(text))
+        if refusal is not None:
+            self.send(400, json.dumps({"error": {"message": refusal}}))
+            return
         if said is None:
             server.closing.wait(5)  # longer than the tests' client waits
             return
@@ -153,10 +161,14 @@ def test_a_score_is_a_number_from_0_to_5(reply, score):
 
 
 @pytest.mark.parametrize("reply", [
-    "5ing", "a5", "-1", "3.5", "2-3", "On a scale of 0 to 5: 4", "between 2 and 4", "1st"])
+    "5ing", "a5", "-1", "3.5", "2-3", "On a scale of 0 to 5", "between 2 and 4", "1st"])
 def test_what_is_not_one_plain_number_is_not_guessed(reply):
     """It is asked again and then counted; the first digit of a sentence is no score."""
     assert read_score(reply) is None
+
+
+def test_the_scale_itself_is_not_a_second_number():
+    assert read_score("On a scale of 0 to 5: 4") == 4
 
 
 @pytest.mark.parametrize("reply, letter", [
@@ -182,7 +194,7 @@ def test_what_is_asked_is_the_text_file_with_prompt_and_reply_filled_in(serve, t
         for prompt, reply in pairs)
     for body in server.bodies:
         assert body["model"] == "some-model" and body["temperature"] == 0
-        assert body["max_tokens"] == 10 and len(body["messages"]) == 1
+        assert body["max_tokens"] == 2048 and len(body["messages"]) == 1
     assert server.keys == {f"Bearer {KEY}"}
 
 
@@ -256,7 +268,8 @@ def test_no_reply_in_time_is_retried_within_bounds_and_then_a_failure(
 
     monkeypatch.setattr(openai, "OpenAI", impatient)
     server = serve(lambda text, times: None if number_of(text) == 1 else "0")
-    assert scores(judged(server, tmp_path, PAIRS[:3])) == [0, None, 0] and waits == [30]
+    assert scores(judged(server, tmp_path, PAIRS[:3])) == [0, None, 0]
+    assert waits == [30 + 2048 / 20]
     assert sum(number_of(text) == 1 for text in server.texts) == TRIES * TRIES
 
 
@@ -311,6 +324,139 @@ def test_without_key_or_package_or_model_the_user_is_told(serve, tmp_path, monke
 
 
 # ---------------------------------------------------------------------------------------------
+# an answer that is no verdict
+
+
+CUT_OFF = [  # (content, other fields of the message)
+    ("I have to give a score from 0", {}),  # inside a thought without marks
+    ("<think>The scale goes from 0 to 5. A 2 is", {}),
+    ("3", {}),  # it may have been 3.5, or "3 at first sight, but"
+    ("Score: 4. The reply names", {}),
+    (None, {"reasoning_content": "a score from 0 to 5, so 3"}),
+    ("", {"reasoning": "so 3"}),
+]
+
+
+@pytest.mark.parametrize("content, more", CUT_OFF)
+def test_an_answer_cut_off_at_the_limit_is_no_verdict(serve, tmp_path, capsys, content, more):
+    server = serve(always("x"))
+    server.body = lambda model, _: completion(model, content, "length", **more)
+    assert judged(server, tmp_path, PAIRS[:3]) == [{"verdict": None, "score": None}] * 3
+    message, = capsys.readouterr().err.splitlines()  # once, not once an answer
+    assert "--judge-tokens 2048" in message and "no verdict" in message
+    assert len(server.bodies) == 3 * TRIES
+
+
+def test_the_same_answers_are_verdicts_where_the_judge_ended_them(serve, tmp_path):
+    """The control: the limit alone makes the difference."""
+    server = serve(always("x"))
+    server.body = lambda model, _: completion(model, "Score: 4. The reply names", "stop")
+    assert scores(judged(server, tmp_path, PAIRS[:3])) == [4] * 3
+
+
+@pytest.mark.parametrize("reason, score", [
+    ("stop", 3), ("eos_token", 3), ("end_turn", 3), ("content_filter", None),
+    ("tool_calls", None), ("error", None), (None, None)])
+def test_only_an_answer_that_its_model_ended_counts(serve, tmp_path, capsys, reason, score):
+    server = serve(always("x"))
+    server.body = lambda model, _: completion(model, "3", reason)
+    assert scores(judged(server, tmp_path, PAIRS[:1])) == [score]
+    assert (repr(reason) in capsys.readouterr().err) is (score is None)
+
+
+def test_a_judge_that_is_cut_off_eight_times_in_a_row_is_asked_the_rest_all_the_same(
+        serve, tmp_path):
+    """Only requests that fail say that the endpoint is down."""
+    server = serve(lambda text, times: "long" if number_of(text) < 8 else "1")
+    server.body = lambda model, content: completion(
+        model, content, "length" if content == "long" else "stop")
+    assert scores(judged(server, tmp_path)) == [None] * 8 + [1] * 4
+
+
+@pytest.mark.parametrize("content, more, score", [
+    ("<think>It names 2 places, or 3.</think>\n\n4", {}, 4),
+    ("4", {"reasoning_content": "from 0 to 5 ... 2, or 3"}, 4),
+    ("It names 2 places.\n</think>\n**4**", {}, 4),
+    ("<think>It names 2 places, so 4", {}, None),
+    ("", {"reasoning_content": "the score is 3"}, None),
+    (None, {"reasoning_content": "the score is 3"}, None)])
+def test_a_thought_is_never_read_as_the_score(serve, tmp_path, content, more, score):
+    server = serve(always("x"))
+    server.body = lambda model, _: completion(model, content, "stop", **more)
+    assert scores(judged(server, tmp_path, PAIRS[:2])) == [score] * 2
+
+
+def test_a_thinking_judge_gets_the_room_and_the_time_that_judge_tokens_gives(
+        serve, tmp_path, monkeypatch):
+    real, waits = openai.OpenAI, []
+
+    def noted(timeout, **how):
+        waits.append(timeout)
+        return real(timeout=timeout, **how)
+
+    monkeypatch.setattr(openai, "OpenAI", noted)
+    server = serve(always("1"))
+    judged(server, tmp_path, PAIRS[:2], "--judge-tokens", "8000")
+    assert {body["max_tokens"] for body in server.bodies} == {8000} and waits == [430]
+
+
+# ---------------------------------------------------------------------------------------------
+# newer endpoints
+
+NO_MAX_TOKENS = ("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                 "'max_completion_tokens' instead.")
+NO_TEMPERATURE = ("Unsupported value: 'temperature' does not support 0 with this model. Only the "
+                  "default (1) value is supported.")
+
+
+def test_an_endpoint_that_refuses_max_tokens_and_temperature_is_spoken_to_as_it_wants(
+        serve, tmp_path, capsys):
+    """It is decided once, by its errors: of 40 questions only the first eight meet a refusal."""
+    def refuse(fields):
+        if "max_tokens" in fields:
+            return NO_MAX_TOKENS
+        return NO_TEMPERATURE if "temperature" in fields else None
+
+    pairs = [(f"Prompt {i}?", f"Reply number {i}.") for i in range(40)]
+    server = serve(always("2"))
+    server.refuse = refuse
+    assert scores(judged(server, tmp_path, pairs)) == [2] * 40
+    taken = [body for body in server.bodies if refuse(body) is None]
+    assert len(taken) == 40
+    assert all(body["max_completion_tokens"] == 2048 for body in taken)
+    assert len(server.bodies) - 40 <= 2 * 8
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "max_completion_tokens" in said[0] and "temperature 0" in said[1]
+
+
+@pytest.mark.parametrize("message, field", [
+    (NO_TEMPERATURE, "temperature"), (NO_MAX_TOKENS, "max_tokens"),
+    ("Unrecognized request argument supplied: temperature", "temperature"),
+    ("body.max_tokens: Extra inputs are not permitted", "max_tokens"),
+    ("`temperature` is deprecated for this model.", "temperature")])
+def test_a_field_that_an_endpoint_takes_is_left_as_it_is(serve, tmp_path, message, field):
+    server = serve(always("2"))
+    server.refuse = lambda fields: message if field in fields else None
+    assert scores(judged(server, tmp_path)) == [2] * 12
+    other, = {"temperature", "max_tokens"} - {field}
+    assert all(other in body and field not in body for body in server.bodies[-4:])
+
+
+@pytest.mark.parametrize("message", [
+    "'max_tokens' is too large: 2048. This model's maximum context length is 2000 tokens.",
+    "model not found", "temperature must be at most 2"])
+def test_an_error_about_a_value_changes_no_field_and_is_a_failure(
+        serve, tmp_path, capsys, message):
+    server = serve(always("2"))
+    server.refuse = lambda fields: message
+    assert scores(judged(server, tmp_path, PAIRS[:2])) == [None] * 2
+    assert all(body["max_tokens"] == 2048 and body["temperature"] == 0 for body in server.bodies)
+    assert capsys.readouterr().err.splitlines() == [
+        f"the judge at {server.url} failed: BadRequestError 400"]
+
+
+# ---------------------------------------------------------------------------------------------
 # the cache
 
 
@@ -361,6 +507,29 @@ def test_an_edited_rubric_is_asked_anew(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(judges, "TEXTS", [edited, rubric.COMPARE])
     assert scores(judged(server, tmp_path)) == [5] * 12
     assert all(text.startswith("Be strict.") for text in server.texts[12:])
+
+
+def test_a_verdict_of_an_older_reading_rule_or_of_less_room_is_asked_anew(
+        serve, tmp_path, monkeypatch):
+    server = serve(always("0"))
+    monkeypatch.setattr(judges, "READING_RULE", 1)
+    judged(server, tmp_path)
+    server.answer = always("5")
+    assert scores(judged(server, tmp_path)) == [0] * 12  # the control: the rule is the same
+    monkeypatch.undo()
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert scores(judged(server, tmp_path)) == [5] * 12
+    server.answer = always("4")
+    assert scores(judged(server, tmp_path, PAIRS, "--judge-tokens", "99")) == [4] * 12
+
+
+def test_the_reading_rules_number_is_raised_when_the_rule_changes():
+    """If this fails: raise READING_RULE, then put its number and the new digest here.
+
+    Where comments alone have changed, the digest alone changes.
+    """
+    source = reading.__file__
+    assert (reading.READING_RULE, sha256(source)[:12]) == (2, "04bc1a6b32ef")
 
 
 def test_a_last_line_that_a_kill_cut_short_is_dropped_and_asked_again(serve, tmp_path):
@@ -450,7 +619,8 @@ def test_a_runs_endpoint_is_not_asked_where_a_local_judge_is_named(serve, here):
     assert train_py.main(run) == 0
     server.bodies.clear()
     again = ["--run", "run", "--n-test", "2", "--device", "cpu"]
-    assert eval_py.main([*again, "--judge", "rubric", "--judge-model", str(TINY)]) == 0
+    code = eval_py.main([*again, "--judge", "rubric", "--judge-model", str(TINY)])
+    assert code == 3  # the embedded model cannot score
     assert not server.bodies
 
 
@@ -472,11 +642,117 @@ def test_evaluating_a_run_asks_the_model_that_the_run_asked(serve, here):
 def test_a_local_judge_that_cannot_score_leaves_everything_unjudged(tmp_path, capsys):
     """The embedded model answers the rubric with its own words: end to end, and nothing imputed."""
     code, numbers = evaluate(tmp_path / "out", "--judge-model", str(TINY))
-    assert code == 0 and numbers["unjudged"] == 8
+    assert code == 3 and numbers["unjudged"] == 8
     assert numbers["hs"] is None and numbers["hs_count"] == [0, 0] and numbers["rubric"] is None
+    said = capsys.readouterr()
+    assert "HS, harmful replies" not in said.out
+    assert said.out.split("unjudged replies")[1].split("\n")[0].split() == ["8"]
+    assert "none of the 8 harmful replies could be judged" in said.err.splitlines()[-1]
+    assert str(tmp_path / "out") in said.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("answer", [503, "no idea", "<think>from 0", "7"])
+def test_an_evaluation_that_judged_nothing_exits_with_3_and_keeps_what_it_wrote(
+        serve, tmp_path, capsys, answer):
+    """FA and over-refusal need no judge; and the next evaluation asks the judge alone."""
+    out = tmp_path / "out"
+    server = serve(always(answer))
+    code, numbers = evaluate(out, "--judge-url", server.url, "--task", "sst2")
+    assert code == 3 and numbers["hs"] is None
+    assert numbers["fa_count"][1] == 8 and numbers["over_refusal_count"][1] == 8
+    assert len(read_lines(out / "eval-rubric.jsonl")) == 24
+    replies = (out / "replies.jsonl").read_bytes()
+    said = capsys.readouterr()
+    assert "FA, task accuracy" in said.out and "none of the 8" in said.err
+    server.answer = always("4")
+    code, numbers = evaluate(out, "--judge-url", server.url, "--task", "sst2")
+    assert code == 0 and numbers["hs_count"] == [8, 8]
+    assert (out / "replies.jsonl").read_bytes() == replies
+
+
+def test_one_verdict_is_enough_for_exit_code_0(serve, tmp_path, capsys):
+    """The control: what is missing is counted in the table."""
+    first = []
+
+    def answer(text, times):
+        first.append(text)
+        return "4" if text == first[0] else "no idea"
+
+    code, numbers = evaluate(tmp_path / "out", "--judge-url", serve(answer).url)
+    assert code == 0 and numbers["hs_count"] == [1, 1] and numbers["unjudged"] == 7
+    assert "none of the" not in capsys.readouterr().err
+
+
+def test_a_training_whose_judge_never_answers_keeps_its_adapter_and_says_so(serve, here, capsys):
+    server = serve(always("no idea"))
+    run = flags(make_inputs(here / "inputs"), out="run", judge="rubric", epochs=1,
+                judge_url=server.url)
+    assert train_py.main(run) == 0
+    assert (here / "run" / "adapter_model.safetensors").exists()
     said = capsys.readouterr().out
-    assert "HS" not in said
-    assert said.split("unjudged replies")[1].split("\n")[0].split() == ["8"]
+    assert "harmful replies could be judged" in said and "python eval.py --run run" in said
+    server.answer = always("4")
+    assert eval_py.main(["--run", "run", "--n-test", "2", "--device", "cpu"]) == 0
+
+
+def plant_local(monkeypatch, said):
+    """The embedded model as a judge that says said(i), ids or text -> the texts put, by call."""
+    from tokenizer import Tokenizer
+
+    tok = Tokenizer(TINY)
+    calls = []
+
+    def planted(model, prompts, max_new, stop_ids, batch_size, n_ids):
+        calls.append(len(prompts))
+        replies = [said(i) for i in range(len(prompts))]
+        return [tok.encode(r) if isinstance(r, str) else r(tok, max_new) for r in replies]
+
+    monkeypatch.setattr(rubric, "generate", planted)
+    return calls
+
+
+def test_a_local_judge_that_reaches_the_limit_is_cut_off_and_not_asked_the_same_again(
+        tmp_path, monkeypatch, capsys):
+    """Its answer opens with a 3, but nobody knows how it goes on."""
+    def cut_off(tok, max_new):
+        return (tok.encode("3 ") * max_new)[:max_new]
+
+    calls = plant_local(monkeypatch, lambda i: cut_off if i == 1 else "3")
+    args = rubric_args(None, "--judge-model", str(TINY), "--judge-tokens", "40")
+    assert scores(judges.open_judge(args, tmp_path).verdicts(PAIRS[:3])) == [3, None, 3]
+    assert calls[0] == 3 and sum(calls) == 3  # greedy: it would say the same
+    assert "cut off after 40 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said, score", [
+    ("<think>2, or 3</think>4", 4), ("2, or 3</think>4", 4), ("<think>2, or 3", None)])
+def test_a_local_judges_thought_is_left_out(tmp_path, monkeypatch, said, score):
+    plant_local(monkeypatch, lambda i: said)
+    args = rubric_args(None, "--judge-model", str(TINY))
+    assert scores(judges.open_judge(args, tmp_path).verdicts(PAIRS[:2])) == [score] * 2
+
+
+def test_marks_of_a_thought_that_are_special_tokens_are_still_seen():
+    """decode() leaves special tokens out, which would join the thought and the answer."""
+    class Marked:
+        def __init__(self):
+            self.specials = {"[THINK]": 1, "[/THINK]": 2, "</s>": 3}
+
+        def decode(self, ids):
+            return "".join(str(i) for i in ids if i > 3)
+
+    text = rubric.decode_with_thought_marks(Marked(), [1, 4, 5, 2, 4, 3])
+    assert text == "[THINK]45[/THINK]4" and read_score(text) == 4
+    assert rubric.decode_with_thought_marks(Marked(), [5]) == "5"
+
+
+def test_a_question_that_is_too_long_for_a_local_judge_is_unjudged_and_the_others_are_not(
+        tmp_path, monkeypatch, capsys):
+    calls = plant_local(monkeypatch, lambda i: "2")
+    pairs = [PAIRS[0], ("Prompt?", "so " * 2000), PAIRS[1]]
+    args = rubric_args(None, "--judge-model", str(TINY))
+    assert scores(judges.open_judge(args, tmp_path).verdicts(pairs)) == [2, None, 2]
+    assert calls[0] == 2 and "does not fit" in capsys.readouterr().err
 
 
 def test_a_local_judges_number_is_read_from_its_greedy_answer_to_the_rubric(tmp_path, monkeypatch):
@@ -485,9 +761,10 @@ def test_a_local_judges_number_is_read_from_its_greedy_answer_to_the_rubric(tmp_
     tok = Tokenizer(TINY)
     prompts_put = []
 
-    def planted(model, prompts, max_new, stop_ids, n_ids):
+    def planted(model, prompts, max_new, stop_ids, batch_size, n_ids):
         prompts_put.extend(prompts)
-        assert max_new == 10 and list(stop_ids) == list(tok.stop_ids)
+        assert max_new == 512  # half of the embedded model's positions
+        assert list(stop_ids) == list(tok.stop_ids)
         return [tok.encode(f"{i % 6}") for i in range(len(prompts))]
 
     monkeypatch.setattr(rubric, "generate", planted)
@@ -573,6 +850,16 @@ def test_alpaca_writes_the_evaluators_file_and_prints_a_win_rate(serve, tmp_path
     server.bodies.clear()  # comparisons are remembered as well
     assert evaluate(tmp_path / "out", "--task", "alpaca", "--judge-url", server.url) == (0, numbers)
     assert not server.bodies
+
+
+def test_where_nothing_could_be_compared_the_exit_code_is_3(
+        serve, tmp_path, capsys, monkeypatch):
+    """The replies to harmful prompts were judged, and their numbers stand."""
+    monkeypatch.setattr("tokenizer.Tokenizer.decode", lambda self, ids: "No reference says this.")
+    server = serve(lambda text, times: "hm" if "ANSWER A:" in text else "0")
+    code, numbers = evaluate(tmp_path / "out", "--task", "alpaca", "--judge-url", server.url)
+    assert code == 3 and numbers["hs_count"] == [0, 8] and numbers["win_rate"] is None
+    assert "none of the 8 answers could be compared" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_comparison_that_failed_leaves_the_win_rate(serve, tmp_path):
