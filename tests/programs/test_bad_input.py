@@ -171,8 +171,9 @@ def replace_by_pickle(folder):
 
 def without_a_shard(folder):
     """The index names two files; one was not fetched."""
-    shards = dict.fromkeys(tensors_of(folder), "model.safetensors")
+    shards = dict.fromkeys(tensors_of(folder), "model-00001-of-00002.safetensors")
     shards["lm_head.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
@@ -195,7 +196,7 @@ MODEL_FAULTS = {
     "config.json is empty": (lambda f: (f / "config.json").write_text(""), "config.json", "JSON"),
     "unknown architecture": (config(architectures=["MambaForCausalLM"]), "MambaForCausalLM",
                              "LlamaForCausalLM"),
-    "no architecture": (config(architectures=None), "architecture"),
+    "no architecture": (config(architectures=None, model_type=None), "architecture"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), "quantised"),
     "YaRN": (config(rope_scaling={"type": "yarn", "factor": 4.0}), "yarn"),
     "no hidden_size": (config(hidden_size=None), "hidden_size"),

@@ -186,6 +186,32 @@ def test_a_sharded_model_keeps_its_shards_and_its_index(tmp_path):
     assert distance(hf_logits(out), adapter_logits(base), "sharded") <= TOLERANCE
 
 
+def test_a_stale_index_and_an_adapter_beside_the_model_are_not_copied(base, tmp_path, capsys):
+    """The one names files that are not there; transformers would put the other on top."""
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (base.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in base.adapter.iterdir():
+        (base.folder / path.name).write_bytes(path.read_bytes())
+    assert merge(base, tmp_path / "out") == 0
+    assert sorted(tree(tmp_path / "out")) == [
+        "config.json", "generation_config.json", "model.safetensors"]
+    assert distance(hf_logits(tmp_path / "out"), adapter_logits(base), "merged") <= TOLERANCE
+    # the control: an index that means the file that is written is copied
+    index = {"weight_map": dict.fromkeys(tensors_of(base.folder), "model.safetensors")}
+    (base.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert merge(base, tmp_path / "again") == 0
+    assert "model.safetensors.index.json" in tree(tmp_path / "again")
+
+
+def test_a_tied_file_that_names_its_one_tensor_as_the_head_merges(tmp_path):
+    base = Base(tmp_path, "llama, wide heads, tied")
+    tensors = tensors_of(base.folder)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    write_tensors(base.folder, tensors)
+    assert merge(base, tmp_path / "out") == 0
+    assert distance(hf_logits(tmp_path / "out"), adapter_logits(base), "merged") <= TOLERANCE
+
+
 def test_small_files_are_copied_byte_for_byte_and_nothing_that_could_hold_code_is(base, tmp_path):
     (base.folder / "original").mkdir()
     for i, name in enumerate([*SMALL_FILES[1:], *NOT_OURS]):
