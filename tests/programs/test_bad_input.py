@@ -205,6 +205,13 @@ MODEL_FAULTS = {
     "llama3 scaling without its numbers": (
         config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "config.json",
         "low_freq_factor"),
+    "a model_type that is not the architecture's": (
+        config(model_type="qwen2"), "LlamaForCausalLM", "qwen2"),
+    "an unknown rotary key": (
+        config(rope_scaling={"type": "linear", "factor": 4.0, "speed": 2}), "speed"),
+    "rotary scaling in words": (config(rope_scaling="linear"), "rope_scaling", "linear"),
+    "weights as integers": (tensors(lambda t: t.update({GATE: torch.ones(64, 32).char()})),
+                            "int8", GATE),
     "no weights": (remove("model.safetensors"), "model.safetensors"),
     "only pickled weights": (replace_by_pickle, ".bin", "convert"),
     "truncated weights": (truncate, "model.safetensors", "not safetensors"),
@@ -424,6 +431,13 @@ ADAPTER_FAULTS = {
     "a surplus tensor": (adapter_tensors(lambda t: t.update(extra=torch.zeros(2))),
                          "does not fit", "extra"),
     "DoRA": (settings(use_dora=True), "use_dora"),
+    "rows of the embedding": (settings(trainable_token_indices=[3]), "trainable_token_indices"),
+    "an unknown setting": (settings(use_something=True), "use_something", "not known"),
+    "a pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+                 "adapter_model.bin", "pickle"),
+    "the head as a target": (settings(target_modules=["lm_head"]), "lm_head", "target_modules"),
+    "a pattern that is none": (settings(exclude_modules="*"), "exclude_modules"),
+    "a layer too many": (settings(layers_to_transform=[0]), "does not fit", "layers.1"),
     "no LoRA": (settings(peft_type="IA3"), "IA3"),
     "another model's targets": (settings(target_modules=["c_attn"]), "does not fit"),
     "alpha in words": (settings(lora_alpha="big"), "lora_alpha"),

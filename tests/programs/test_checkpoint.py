@@ -202,10 +202,14 @@ def test_beside_a_stale_index_model_safetensors_is_read_and_both_are_named(both,
     assert distance(we_read(both), hf_reads(both), "hf") <= TOLERANCE
 
 
-def test_a_stale_index_whose_files_are_gone_is_named_too(both, llama31, capsys):
-    for path in both.glob("model-*"):
-        path.unlink()
-    assert torch.equal(we_read(both), we_read(llama31.folder))
+def test_the_index_that_transformers_leaves_when_it_saves_over_a_sharded_copy_is_named(
+        llama31, tmp_path, capsys):
+    """It deletes the shards and not the index."""
+    make_hf(seed=5).save_pretrained(tmp_path, max_shard_size="100KB")
+    llama31.hf.save_pretrained(tmp_path)
+    assert (tmp_path / INDEX).exists() and not list(tmp_path.glob("model-*"))
+    capsys.readouterr()  # what transformers said
+    assert torch.equal(we_read(tmp_path), we_read(llama31.folder))
     assert INDEX in capsys.readouterr().err
 
 
@@ -263,7 +267,8 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_read_as_in_transformer
     assert distance(we_read(folder), hf_reads(folder), "hf") <= TOLERANCE
 
 
-@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/model.safetensors", "a/b", "", 7, [1]])
+@pytest.mark.parametrize("file", [
+    "../model.safetensors", "/etc/model.safetensors", "a/b", "", 7, [1]])
 def test_an_index_that_names_a_file_elsewhere_is_refused(llama31, tmp_path, file):
     folder, _, index = sharded(llama31, tmp_path)
     index["weight_map"]["lm_head.weight"] = file

@@ -33,7 +33,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import merge as merge_py
-from lora import load_adapter, save_adapter
+from lora import adapt, load_adapter, save_adapter
 from model import load_model
 
 transformers = pytest.importorskip("transformers", reason="the reference; see requirements-dev.txt")
@@ -114,6 +114,21 @@ def test_the_folder_has_the_adapter_models_logits_in_transformers(tmp_path, case
     # the control
     assert distance(logits(load_model(base.folder), SEQUENCES), expected, "base") > (
         CONTROL * TOLERANCE)
+
+
+def test_an_adapter_with_a_rank_of_its_own_on_some_modules_merges_by_those(base, tmp_path):
+    model = load_model(base.folder)
+    for layer, rank in ((0, 3), (2, 5)):
+        torch.manual_seed(layer)
+        part = adapt(model, f"model.layers.{layer}.mlp.up_proj", rank, 7.0, True)
+        torch.nn.init.normal_(part.lora_A, std=0.2)
+        torch.nn.init.normal_(part.lora_B, std=0.2)
+    save_adapter(model, base.adapter)
+    assert merge(base, tmp_path / "out") == 0
+    merged = hf_logits(tmp_path / "out")
+    assert distance(merged, logits(model, SEQUENCES), "merged") <= TOLERANCE
+    plain = logits(load_model(base.folder), SEQUENCES)
+    assert distance(plain, merged, "base") > CONTROL * TOLERANCE  # the control
 
 
 def merged_tensors(base):
