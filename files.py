@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from model import UserError, weight_files
+from model import INDEX, SINGLE, UserError, weight_files
 
 # What is read of a model's folder besides its weights.
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -60,6 +60,8 @@ def model_files(dir) -> list[Path]:
     """What is read of a model's folder, for its digest."""
     dir = Path(dir)
     others = [dir / name for name in MODEL_FILES]
+    if not (dir / SINGLE).exists():
+        others.append(dir / INDEX)  # it says which shards are read
     return weight_files(dir) + [path for path in others if path.exists()]
 
 

@@ -14,7 +14,6 @@ The files are PEFT's (peft_format.py); `python merge.py` writes model and adapte
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,7 @@ from torch import Tensor, nn
 
 import peft_format
 from model import UserError, to_fp32
-from peft_format import PEFT_PREFIX
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from peft_format import PEFT_PREFIX, TARGETS, is_target
 
 
 class LoRALinear(nn.Module):
@@ -62,26 +59,29 @@ def add_lora(model: nn.Module, rank: int, alpha: float, rslora: bool = False, ta
     is drawn on the CPU from `seed`, so that a run starts alike on every device.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, module in list(model.named_modules()):
-        parent, _, last = name.rpartition(".")
-        if last not in TARGETS or not is_target(name, targets):
+    for name in projections(model):
+        if not is_target(name, targets):
             continue
-        if not isinstance(module, (nn.Linear, LoRALinear)):
-            continue
-        layer = LoRALinear(module, rank, alpha, rslora)
-        bound = 1 / math.sqrt(module.weight.shape[1])
+        layer = adapt(model, name, rank, alpha, rslora)
+        bound = 1 / math.sqrt(layer.weight.shape[1])
         draw = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             layer.lora_A.copy_(draw)
-        setattr(model.get_submodule(parent), last, layer)
     return trainable(model)
 
 
-def is_target(name: str, targets) -> bool:
-    """Whether PEFT's target_modules, a regular expression or a list, names this module."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{target}") for target in targets)
+def projections(model: nn.Module) -> list[str]:
+    """The names of the modules that can have an adapter, in the model's order."""
+    return [name for name, module in model.named_modules()
+            if name.rpartition(".")[2] in TARGETS and isinstance(module, (nn.Linear, LoRALinear))]
+
+
+def adapt(model: nn.Module, name: str, rank: int, alpha: float, rslora: bool) -> LoRALinear:
+    """Puts an adapter on one projection; its A is still to be filled."""
+    parent, _, last = name.rpartition(".")
+    layer = LoRALinear(model.get_submodule(name), rank, alpha, rslora)
+    setattr(model.get_submodule(parent), last, layer)
+    return layer
 
 
 def adapted(model: nn.Module) -> list[tuple[str, LoRALinear]]:
@@ -157,6 +157,8 @@ def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
     """
     names = [name for name, _ in adapted(model)]
     first = adapted(model)[0][1]
+    own_rank = {name: m.rank for name, m in adapted(model) if m.rank != first.rank}
+    own_alpha = {name: m.alpha for name, m in adapted(model) if m.alpha != first.alpha}
     ends = {name.rpartition(".")[2] for name in names}
     with_such_an_end = [name for name, _ in model.named_modules()
                         if name.rpartition(".")[2] in ends]
@@ -168,6 +170,8 @@ def save_adapter(model: nn.Module, dir, base: str | None = None) -> None:
         # Ends are short to read, and right where every module with such an end has an adapter.
         "target_modules": sorted(ends if with_such_an_end == names else names),
         "modules_to_save": whole_modules(model) or None,
+        "rank_pattern": own_rank,
+        "alpha_pattern": own_alpha,
     }
     peft_format.write_adapter(dir, config, adapter_state(model))
 
@@ -178,8 +182,8 @@ def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
     Returns the trainable tensors. UserError where file and model do not fit, by name or shape.
     """
     config, state = peft_format.read_adapter(dir)
-    trained = add_lora(model, config["r"], config["lora_alpha"], config.get("use_rslora", False),
-                       config["target_modules"])
+    add_described(model, config, dir)
+    trained = trainable(model)
     for name in config.get("modules_to_save") or ():
         trained.append(train_whole_module(model, name))
     params = adapter_params(model)
@@ -194,3 +198,23 @@ def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
         for name, p in params.items():
             p.copy_(state[name])
     return trained
+
+
+def add_described(model: nn.Module, config: dict, dir) -> None:
+    """Puts on the model the adapters of an adapter_config.json, which are still to be filled.
+
+    UserError where it chooses a module that can have none here, for example the head.
+    """
+    can_have_one = projections(model)
+    names = [name for name, _ in model.named_modules() if name]
+    if "lm_head" not in names:  # a tied head, which has a name all the same
+        names.append("lm_head")
+    for name in names:
+        if not peft_format.adapts(config, name):
+            continue
+        if name not in can_have_one:
+            raise UserError(f"{dir} has {name} among its target_modules, expected "
+                            f"{', '.join(TARGETS)}; {peft_format.MERGE_IT}.")
+        rank = peft_format.value_for(config.get("rank_pattern"), name, config["r"])
+        alpha = peft_format.value_for(config.get("alpha_pattern"), name, config["lora_alpha"])
+        adapt(model, name, rank, alpha, bool(config.get("use_rslora")))

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from cli import Parser, exit_code
 from lora import load_adapter, merge, whole_modules
-from model import Llama, UserError, load_model, read_tensors, weight_files
+from model import INDEX, Llama, UserError, load_model, read_tensors, stale_index, weight_files
 
 N_TOKENS = 256  # random tokens over which the logits before and after merging are compared
 COPIED = (".json", ".model", ".txt", ".jinja")  # config, index, tokenizer and chat template
+NOT_COPIED = ("adapter_config.json",)  # transformers would put that adapter on the merged model
 
 
 def merge_folder(model_dir, adapter_dir, out) -> str:
@@ -65,13 +66,21 @@ def write_folder(model_dir: Path, merged: dict[str, Tensor], out: Path) -> None:
             tensors = {name: merged.get(name, tensor) for name, tensor in read_tensors(path)}
             save_file(tensors, part / path.name, {"format": "pt"})
             (part / path.name).chmod(0o644)  # safetensors lets only their owner read them
-        for path in model_dir.iterdir():
-            if path.is_file() and path.suffix in COPIED:
-                shutil.copyfile(path, part / path.name)
+        for path in small_files(model_dir):
+            shutil.copyfile(path, part / path.name)
         os.replace(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def small_files(model_dir: Path) -> list[Path]:
+    """What is copied as it is; an index that means other files than those written is not."""
+    left_out = NOT_COPIED
+    if stale_index(model_dir):
+        left_out += (INDEX,)
+    return [path for path in model_dir.iterdir()
+            if path.is_file() and path.suffix in COPIED and path.name not in left_out]
 
 
 def main(argv=None) -> int:

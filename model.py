@@ -19,6 +19,7 @@ C dim, H heads, KV key/value heads, D head_dim, V vocab, K anchors.
 import inspect
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class UserError(Exception):
 class Family:
     """What follows from the architecture where config.json does not say it."""
 
+    model_type: str  # config.json's other name for it, by which transformers chooses the class
     qkv_bias: bool = False  # q_proj, k_proj and v_proj have a bias
     qk_norm: bool = False  # an RMSNorm on each query and each key head
     tied: bool = False  # the unembedding is the embedding
@@ -46,12 +48,12 @@ class Family:
 
 
 FAMILIES = {
-    "LlamaForCausalLM": Family(),
-    "LlamaForSequenceClassification": Family(head="score"),  # a moderation judge
-    "MistralForCausalLM": Family(),
-    "Qwen2ForCausalLM": Family(qkv_bias=True),
-    "Qwen3ForCausalLM": Family(qk_norm=True),
-    "GemmaForCausalLM": Family(tied=True, gemma=True, act="gelu_pytorch_tanh"),
+    "LlamaForCausalLM": Family("llama"),
+    "LlamaForSequenceClassification": Family("llama", head="score"),  # a moderation judge
+    "MistralForCausalLM": Family("mistral"),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
+    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
+    "GemmaForCausalLM": Family("gemma", tied=True, gemma=True, act="gelu_pytorch_tanh"),
 }
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -73,7 +75,7 @@ class Config:
     # numbers
     norm_eps: float  # rms_norm_eps
     rope_theta: float  # rope_theta, in rope_parameters or beside it
-    rope_scaling: dict | None  # rope_scaling or rope_parameters, where their type is llama3
+    rope_scaling: dict | None  # rope_scaling or rope_parameters, where it changes an angle
     # variants
     qkv_bias: bool  # attention_bias, or the family's
     o_bias: bool  # attention_bias
@@ -102,8 +104,18 @@ def read_json(path: Path) -> dict:
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "vocab_size", "rms_norm_eps", "max_position_embeddings")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor",
-                  "original_max_position_embeddings")
+# The numbers that each kind of rotary scaling needs.
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),  # unused: it acts beyond max_position_embeddings, which is refused
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "truncate")
+# What may stand beside them and changes nothing: spellings of the above, and a note of YaRN's.
+ROPE_NOTES = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 MISTRAL_WINDOW = 4096  # transformers' default where a Mistral config.json names none
 
 
@@ -111,10 +123,10 @@ def read_config(dir) -> Config:
     """config.json of a Hugging Face folder, in old and new spellings -> Config."""
     path = Path(dir) / "config.json"
     c = read_json(path)
-    rope = rope_of(c)
-    check_config(path, c, rope)
-    architecture = c["architectures"][0]
+    architecture = architecture_of(path, c)
     family = FAMILIES[architecture]
+    check_config(path, c, architecture)
+    rope = rope_of(path, c)
     n_head = c["num_attention_heads"]
     attention_bias = c.get("attention_bias", False)
     writes_text = family.head == "lm_head"
@@ -130,7 +142,7 @@ def read_config(dir) -> Config:
         max_positions=positions_of(c, architecture),
         norm_eps=c["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0),
-        rope_scaling=rope if rope["rope_type"] == "llama3" else None,
+        rope_scaling=rope if rope["rope_type"] not in ("default", "dynamic") else None,
         qkv_bias=family.qkv_bias or bool(attention_bias),
         o_bias=attention_bias,
         mlp_bias=c.get("mlp_bias", False),
@@ -141,12 +153,90 @@ def read_config(dir) -> Config:
         head=family.head)
 
 
-def rope_of(c: dict) -> dict:
-    """The rotary settings: transformers 5 writes rope_parameters, transformers 4 rope_scaling."""
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    if "rope_type" not in rope:
+def architecture_of(path: Path, c: dict) -> str:
+    """The first of config.json's architectures; where it names none, the one of its model_type.
+
+    UserError where the two disagree: transformers goes by model_type, other programs do not.
+    """
+    model_type = c.get("model_type")
+    architectures = c.get("architectures")
+    if not architectures:
+        for architecture, family in FAMILIES.items():
+            if family.model_type == model_type and family.head == "lm_head":
+                return architecture
+        raise UserError(f"{path} names no architecture and the model_type {model_type}, expected "
+                        f"one of {', '.join(FAMILIES)}.")
+    architecture = architectures[0]
+    if architecture not in FAMILIES:
+        raise UserError(f"{path} names the architecture {architecture}, expected "
+                        f"{', '.join(FAMILIES)}.")
+    expected = FAMILIES[architecture].model_type
+    if model_type not in (None, expected):
+        raise UserError(f"{path} names the architecture {architecture} and the model_type "
+                        f"{model_type}, expected {expected}; correct the one that is wrong.")
+    return architecture
+
+
+def rope_of(path: Path, c: dict) -> dict:
+    """The rotary settings: transformers 5 writes rope_parameters, transformers 4 rope_scaling.
+
+    UserError for a kind of scaling, or a key of it, that is not computed here, and where the same
+    setting is given twice with two values: transformers 4 and 5 then read different ones.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        if c.get(key) is not None and not isinstance(c[key], dict):
+            raise UserError(f"{path} has {key} {c[key]}, expected an object or null.")
+    rope = one_spelling(c.get("rope_parameters"))
+    older = one_spelling(c.get("rope_scaling"))
+    if rope and older and rope != older:
+        raise UserError(f"{path} has rope_parameters {rope} and rope_scaling {older}, expected one "
+                        "of the two; delete the other.")
+    rope = rope or older or {"rope_type": "default"}
+    for key in ("rope_theta", "original_max_position_embeddings"):
+        if c.get(key) is not None and rope.get(key, c[key]) != c[key]:
+            raise UserError(f"{path} has {key} {c[key]}, and {rope[key]} among its rotary "
+                            "settings, expected one value; delete the wrong one.")
+    check_rope(path, rope, c.get("partial_rotary_factor"))
+    return rope
+
+
+def one_spelling(rope: dict | None) -> dict:
+    """The same settings with "rope_type", which was "type" before."""
+    rope = dict(rope or {})
+    if rope and "rope_type" not in rope:
         rope["rope_type"] = rope.pop("type", "default")
     return rope
+
+
+def check_rope(path: Path, rope: dict, partial_rotary_factor) -> None:
+    """UserError for rotary settings that are not computed here."""
+    kind = rope["rope_type"]
+    if kind not in ROPE_NUMBERS:
+        raise UserError(f"{path} asks for {kind} rotary scaling, expected "
+                        f"{', '.join(ROPE_NUMBERS)}; choose a checkpoint without it.")
+    known = ROPE_NUMBERS[kind] + ROPE_NOTES
+    if kind == "yarn":
+        known += YARN_OPTIONS
+    for key, value in rope.items():
+        if key not in known and value is not None:
+            raise UserError(f"{path} has {key} {value} in its {kind} rotary settings, expected "
+                            f"{', '.join(known)}; choose a checkpoint without it.")
+    for key in ROPE_NUMBERS[kind]:
+        if not is_number(rope.get(key)):
+            raise UserError(f"{path} asks for {kind} rotary scaling and has {key} "
+                            f"{rope.get(key)}, expected a number above 0.")
+    for key in YARN_OPTIONS:
+        if rope.get(key) is not None and key != "truncate" and not is_number(rope[key]):
+            raise UserError(f"{path} has {key} {rope[key]}, expected a number above 0.")
+    for part in (partial_rotary_factor, rope.get("partial_rotary_factor")):
+        if part not in (None, 1):
+            raise UserError(f"{path} has partial_rotary_factor {part}, expected 1: here a head is "
+                            "rotated as a whole.")
+
+
+def is_number(value) -> bool:
+    """Whether it is a number above 0; JSON's true is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def positions_of(c: dict, architecture: str) -> int:
@@ -172,12 +262,8 @@ def n_labels(c: dict) -> int:
     return 2
 
 
-def check_config(path: Path, c: dict, rope: dict) -> None:
+def check_config(path: Path, c: dict, architecture: str) -> None:
     """UserError where config.json lacks something or asks for what is not computed here."""
-    architecture = (c.get("architectures") or [None])[0]
-    if architecture not in FAMILIES:
-        raise UserError(f"{path} names the architecture {architecture}, expected "
-                        f"{', '.join(FAMILIES)}.")
     family = FAMILIES[architecture]
     if c.get("quantization_config") or c.get("quantization"):
         raise UserError(f"{path} describes a quantised checkpoint; choose the original one.")
@@ -187,19 +273,12 @@ def check_config(path: Path, c: dict, rope: dict) -> None:
         accepted.append("gelu")
     if act not in accepted:
         raise UserError(f"{path} has the activation {act}, expected {family.act}.")
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(f"{path} asks for {rope['rope_type']} rotary scaling, expected default or "
-                        "llama3.")
     numbers = {key: c.get(key) for key in SIZES}
     for key in OPTIONAL_SIZES:
         if c.get(key) is not None:
             numbers[key] = c[key]
-    if rope["rope_type"] == "llama3":
-        for key in LLAMA3_NUMBERS:
-            numbers[key] = rope.get(key)
     for key, value in numbers.items():
-        may_be_float = key == "rms_norm_eps" or key in LLAMA3_NUMBERS
-        types = (int, float) if may_be_float else int
+        types = (int, float) if key == "rms_norm_eps" else int
         if not isinstance(value, types) or value <= 0:
             raise UserError(f"{path} has {key} {value}, expected a number above 0 for "
                             f"{architecture}.")
@@ -228,22 +307,63 @@ class RMSNorm(nn.Module):
 
 
 def rope_inv_freq(config: Config) -> Tensor:
-    """Rotary frequencies (D/2,) fp32, 1 / theta^(2i/D), with Llama-3.1's scaling of the slow ones.
-
-    Wavelengths above original/low_freq_factor are stretched by `factor`, those below
-    original/high_freq_factor stay, and between the two the frequency is interpolated.
-    """
+    """Rotary frequencies (D/2,) fp32, 1 / theta^(2i/D), scaled as config.rope_scaling says."""
     D = config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)
     scaling = config.rope_scaling
     if scaling is None:
         return inv_freq
+    if scaling["rope_type"] == "linear":
+        return inv_freq / scaling["factor"]
+    if scaling["rope_type"] == "llama3":
+        kept = kept_by_llama3(inv_freq, scaling)
+    else:
+        kept = kept_by_yarn(D, config.rope_theta, scaling)
+    return (1 - kept) * inv_freq / scaling["factor"] + kept * inv_freq
+
+
+def kept_by_llama3(inv_freq: Tensor, scaling: dict) -> Tensor:
+    """How far each frequency is kept (D/2,): 1 as it is, 0 divided by `factor`.
+
+    Wavelengths above original/low_freq_factor are stretched, those below original/high_freq_factor
+    stay, and between the two the frequency is interpolated.
+    """
     # original length / wavelength: how often a frequency turns within the original context
     turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: fully stretched, 1: untouched
-    return (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def kept_by_yarn(D: int, theta: float, scaling: dict) -> Tensor:
+    """The same for YaRN, arXiv 2309.00071: a straight line over the frequency's index i.
+
+    The line falls from 1 at the i that turns beta_fast times within the original context to 0 at
+    the i that turns beta_slow times; both are rounded outwards unless truncate is false.
+    """
+    original = scaling["original_max_position_embeddings"]
+    ends = []
+    for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1):
+        ends.append(D * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta)))
+    first, last = ends
+    if scaling.get("truncate", True):
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, D - 1)  # as in transformers, although i ends at D/2 - 1
+    if first == last:
+        last += 0.001
+    return 1 - ((torch.arange(D // 2) - first) / (last - first)).clamp(0, 1)
+
+
+def rope_amplitude(config: Config) -> float:
+    """What cos and sin are multiplied by: 1 except in YaRN, which so makes attention sharper."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    return 1 + 0.1 * math.log(max(scaling["factor"], 1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -281,11 +401,11 @@ class Layout:
         self.cu_seqlens = F.pad(end, (1, 0)).to(device, torch.int32)  # (B + 1,) for varlen_attn
         self.position = t.to(device)
 
-    def cos_sin(self, inv_freq: Tensor, dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of each token's rotary angles, (N, 1, D) each."""
+    def cos_sin(self, inv_freq: Tensor, amplitude: float, dtype) -> tuple[Tensor, Tensor]:
+        """amplitude times cos and sin of each token's rotary angles, (N, 1, D) each."""
         angle = torch.outer(self.position.float(), inv_freq)  # (N, D/2), always fp32
         angle = torch.cat((angle, angle), dim=-1)[:, None]  # (N, 1, D)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -384,7 +504,7 @@ class Decoder(nn.Module):
         if self.inv_freq is None or self.inv_freq.device != x.device:
             # Not a buffer: .to(bf16) would round it, which is wrong by up to 2 in cos at T = 4096.
             self.inv_freq = rope_inv_freq(self.config).to(x.device)
-        cos_sin = layout.cos_sin(self.inv_freq, x.dtype)
+        cos_sin = layout.cos_sin(self.inv_freq, rope_amplitude(self.config), x.dtype)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():  # of the block, x alone is kept
                 x = checkpoint(layer, x, layout, cos_sin, cache, use_reentrant=False)
@@ -427,17 +547,71 @@ class Llama(nn.Module):
         return F.linear(h, head.weight.to(h.dtype))  # a trained head is fp32, hence the cast
 
 
+# Which files are the model
+
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Other files that hold weights, and what to do where a folder has no others.
+NOT_READ = {
+    "model-*-of-*.safetensors": f"fetch {INDEX} too, which says that these are all",
+    "adapter_model.safetensors": "an adapter is named by --adapter, and its base by --model",
+    "consolidated*.safetensors": "its names are Mistral's own; fetch the Hugging Face files",
+    "*.safetensors": f"name it {SINGLE} if it is the whole model",
+    "*.bin": "convert .bin by docs/judges.md",
+    "*.pth": "its names are Meta's own; fetch the Hugging Face files",
+    "*.gguf": "fetch the safetensors files that it was made from",
+}
+
+
 def weight_files(dir: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or model.safetensors."""
-    index = dir / "model.safetensors.index.json"
-    if index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
-        return [dir / name for name in sorted(names)]
-    single = dir / "model.safetensors"
-    if not single.exists():
-        hint = "convert .bin by docs/judges.md" if any(dir.glob("*.bin")) else "fetch it again"
-        raise UserError(f"{dir} has neither model.safetensors nor its index; {hint}.")
-    return [single]
+    """The safetensors files of a folder: model.safetensors, or where it lacks that its shards.
+
+    transformers decides the same way. So an index beside model.safetensors is not read: it is what
+    a sharded copy left behind that was there before.
+    """
+    if (dir / SINGLE).exists():
+        return [dir / SINGLE]
+    if (dir / INDEX).exists():
+        return [dir / name for name in shards(dir)]
+    for pattern, hint in NOT_READ.items():
+        found = sorted(path.name for path in dir.glob(pattern))
+        if found:
+            raise UserError(f"{dir} has neither {SINGLE} nor its index, but {found[0]}; {hint}.")
+    raise UserError(f"{dir} has neither {SINGLE} nor its index; fetch it again.")
+
+
+def shards(dir: Path) -> list[str]:
+    """The files that the index names, in order; UserError where it names none, or others' files."""
+    weight_map = read_json(dir / INDEX).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise UserError(f"{dir / INDEX} has no weight_map, expected tensors and their files; fetch "
+                        "it again.")
+    for name in weight_map.values():
+        is_beside = isinstance(name, str) and Path(name).name == name
+        if not is_beside or not name.endswith(".safetensors"):
+            raise UserError(f"{dir / INDEX} names the file {name}, expected a .safetensors file "
+                            "beside it; fetch it again.")
+    return sorted(set(weight_map.values()))
+
+
+def stale_index(dir: Path) -> list[str]:
+    """What an index names that lies beside model.safetensors and does not mean it; else nothing."""
+    if not ((dir / SINGLE).exists() and (dir / INDEX).exists()):
+        return []
+    return [name for name in shards(dir) if name != SINGLE]
+
+
+def say_what_is_not_read(dir: Path) -> None:
+    """A line on stderr for each file that another program might take for a part of the model."""
+    stale = stale_index(dir)
+    if stale:
+        print(f"{dir / SINGLE} is read, as in transformers, and not {stale[0]} and the others that "
+              f"{INDEX} beside it names; delete what is out of date.", file=sys.stderr)
+    if (dir / "adapter_config.json").exists():
+        print(f"{dir / 'adapter_config.json'} is not read with the model, whereas transformers "
+              "would put that adapter on its own base; pass --adapter to use one.",
+              file=sys.stderr)
 
 
 def read_tensors(path: Path, device="cpu"):
@@ -450,6 +624,9 @@ def read_tensors(path: Path, device="cpu"):
         raise UserError(f"{path} is missing or not safetensors ({e}); fetch it again.") from None
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def load_model(dir, device="cpu", dtype: torch.dtype | None = torch.float32) -> Llama:
     """A frozen model from a Hugging Face folder; opens config.json and *.safetensors, no more.
 
@@ -459,26 +636,40 @@ def load_model(dir, device="cpu", dtype: torch.dtype | None = torch.float32) -> 
     """
     dir = Path(dir)
     config = read_config(dir)
+    say_what_is_not_read(dir)
     with torch.device("meta"):
         model = Llama(config)
     state = {}
+    file_of = {}
     for path in weight_files(dir):
         for name, tensor in read_tensors(path, device):
-            if not name.endswith("rotary_emb.inv_freq"):  # a legacy buffer, recomputed in fp32
-                state[name] = tensor.to(dtype or tensor.dtype)
+            if name.endswith("rotary_emb.inv_freq"):  # a legacy buffer, recomputed in fp32
+                continue
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{path} holds {name} as {tensor.dtype}, expected floating-point "
+                                "numbers of 16 bits or more; choose the original checkpoint.")
+            tensor = tensor.to(dtype or tensor.dtype)
+            if name in state and not torch.equal(state[name], tensor):
+                raise UserError(f"{path} and {file_of[name]} hold {name} with two values, expected "
+                                "one; fetch both again.")
+            state[name] = tensor
+            file_of[name] = path.name
     if config.tied:
-        drop_second_head(dir, state)
+        take_one_head(dir, state)
     check_tensors(dir, model, state)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def drop_second_head(dir: Path, state: dict[str, Tensor]) -> None:
-    """A tied head may be in the file a second time; UserError where it is another one."""
-    embedding = state.get("model.embed_tokens.weight")
+def take_one_head(dir: Path, state: dict[str, Tensor]) -> None:
+    """Leaves a tied model its embedding alone.
+
+    The file may name it as the head, or hold it twice; UserError where those are two tensors.
+    """
     head = state.pop("lm_head.weight", None)
-    if embedding is None or head is None:
+    if head is None:
         return
+    embedding = state.setdefault("model.embed_tokens.weight", head)
     if not torch.equal(head, embedding):
         raise UserError(f"{dir} ties head and embedding, but its files hold another head; set "
                         "tie_word_embeddings to false in config.json to take that one.")
@@ -492,6 +683,10 @@ def check_tensors(dir: Path, model: Llama, state: dict[str, Tensor]) -> None:
     wrong = sorted(name for name in names if expected.get(name) != found.get(name))
     if wrong:
         first = wrong[0]
+        what_to_do = "fetch both again"
+        if stale_index(dir):
+            what_to_do = (f"{INDEX} names other files than {SINGLE}, which was read: delete the "
+                          "one that is not the model")
         raise UserError(f"{dir} and its config.json differ in {len(wrong)} tensors: {first} is "
                         f"{found.get(first, 'missing')}, expected by config.json "
-                        f"{expected.get(first, 'none (surplus)')}; fetch both again.")
+                        f"{expected.get(first, 'none (surplus)')}; {what_to_do}.")

@@ -343,18 +343,26 @@ def digest_of_rows(data) -> str:
 
 def work_out(model, data, n_updates: int) -> dict:
     """What follows from flags and files together, for config.json."""
-    _, adapter = adapted(model)[0]
+    adapters = [adapter for _, adapter in adapted(model)]
     return {
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "rank": adapter.rank,  # of --adapter's, if that is kept
-        "alpha": adapter.alpha,
-        "rslora": adapter.rslora,
+        "rank": shared(adapter.rank for adapter in adapters),  # of --adapter's, if that is kept
+        "alpha": shared(adapter.alpha for adapter in adapters),
+        "rslora": shared(adapter.rslora for adapter in adapters),
         "rows": len(data.examples),
         "rows_sha256": digest_of_rows(data),
         "updates": n_updates,
         "anchor_prompts": data.anchor_prompts,
     }
+
+
+def shared(values):
+    """The value that all have; where they differ, each one that occurs, in a list from low up."""
+    distinct = sorted(set(values))
+    if len(distinct) == 1:
+        return distinct[0]
+    return distinct
 
 
 def fine_tune(run: Run, model, tokenizer, data, args) -> None:

@@ -62,6 +62,7 @@ PUBLISHED = {
         "max_position_embeddings": 40960, "attention_bias": False, "sliding_window": None,
         "use_sliding_window": False, "tie_word_embeddings": True},
 }
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 COUNTS = {
     "Llama-3.1-8B": 8_030_261_248, "Llama-3.2-1B": 1_235_814_400, "Qwen2.5-7B": 7_615_616_512,
     "Qwen2.5-0.5B": 494_032_768, "Gemma-7B": 8_537_680_896, "Mistral-7B-v0.1": 7_241_732_096,
@@ -204,8 +205,8 @@ def test_a_published_config_gives_transformers_names_and_shapes(folder):
     ("Llama-3.2-1B", {"tie_word_embeddings": False}, 128256 * 2048),
     ("Gemma-7B", {"head_dim": None}, 28 * 4 * 3072 * 16 * (192 - 256)),
     ("Mistral-7B-v0.1", {"num_key_value_heads": None}, 32 * 2 * 4096 * 24 * 128),
-    ("Qwen2.5-7B", {"architectures": ["LlamaForCausalLM"]}, -28 * (28 + 2 * 4) * 128),
-    ("Qwen3-0.6B", {"architectures": ["LlamaForCausalLM"]}, -28 * 2 * 128),
+    ("Qwen2.5-7B", LLAMA, -28 * (28 + 2 * 4) * 128),
+    ("Qwen3-0.6B", LLAMA, -28 * 2 * 128),
 ])
 def test_control_another_config_gives_another_number(folder, name, change, more):
     edit_json(folder / "config.json", **change)

@@ -52,12 +52,15 @@ peft = pytest.importorskip("peft", reason="the reference; see requirements-dev.t
 transformers = pytest.importorskip("transformers", reason="the reference; see requirements-dev.txt")
 
 ROPE_1E6 = PLAIN_ROPE | {"rope_theta": 1e6}
+YARN = ROPE_1E6 | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 QWEN = {"rope_parameters": ROPE_1E6, "rms_norm_eps": 1e-6}
 SMALL = {
     "llama-3.1": CASES["llama-3.1"],
     "llama, wide heads, tied": CASES["llama, wide heads, tied"],
     "qwen2": QWEN | {"family": "Qwen2"},
     "qwen2, tied": QWEN | {"family": "Qwen2", "tie_word_embeddings": True},
+    # as Qwen2.5's long-context copies, with an original length of 64
+    "qwen2, yarn": QWEN | {"family": "Qwen2", "head_dim": 16, "rope_parameters": YARN},
     "qwen3": QWEN | {"family": "Qwen3", "head_dim": 16},
     "mistral, window": {"family": "Mistral", "sliding_window": 1024, "rope_parameters": PLAIN_ROPE},
     "mistral, no window": {"family": "Mistral", "sliding_window": None,
@@ -146,8 +149,8 @@ def test_bf16_is_no_further_from_fp32_than_transformers_own_bf16(family, name, m
     model = load_model(checkpoint.folder, dtype=torch.bfloat16)
     ours = states(model, checkpoint.ids, LENGTHS)
     real = Layout.cos_sin
-    monkeypatch.setattr(Layout, "cos_sin", lambda self, inv_freq, dtype: real(
-        SimpleNamespace(position=self.position.to(dtype)), inv_freq, dtype))
+    monkeypatch.setattr(Layout, "cos_sin", lambda self, inv_freq, amplitude, dtype: real(
+        SimpleNamespace(position=self.position.to(dtype)), inv_freq, amplitude, dtype))
     rounded = states(model, checkpoint.ids, LENGTHS)  # the control: positions in bf16
     for where, a, b, c, exact in zip(NAMES, ours, theirs, rounded, checkpoint.states, strict=True):
         assert a.dtype == b.dtype == torch.bfloat16
@@ -282,6 +285,10 @@ def embedding_not_scaled(model, patch):
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: out / 72**0.5)
 
 
+def no_amplitude(model, patch):
+    patch.setattr(model_py, "rope_amplitude", lambda config: 1.0)
+
+
 def gelu_by_erf(model, patch):
     each_layer(model, lambda layer: setattr(layer.mlp, "act", F.gelu))
 
@@ -308,6 +315,8 @@ FAULTS = {
     "qwen2: no q bias": fault("qwen2", without_bias("q_proj"), hidden=False),
     "qwen2: no k bias": fault("qwen2", without_bias("k_proj")),
     "qwen2: no v bias": fault("qwen2", without_bias("v_proj")),
+    "qwen2, yarn: not scaled": fault("qwen2, yarn", config={"rope_parameters": ROPE_1E6}),
+    "qwen2, yarn: attention not sharpened": fault("qwen2, yarn", no_amplitude),
     "qwen3: theta 1e4": fault("qwen3", config={"rope_parameters": PLAIN_ROPE}),
     "qwen3: no q_norm": fault("qwen3", without_norm("q_norm")),
     "qwen3: no k_norm": fault("qwen3", without_norm("k_norm")),

@@ -31,9 +31,30 @@ from helpers import (
     write_tensors,
 )
 
-from model import load_model, read_config, rope_inv_freq
+import model as model_py
+from model import Layout, load_model, read_config, rope_inv_freq
 
 pytest.importorskip("transformers", reason="the reference; see requirements-dev.txt")
+
+
+# 16 numbers a head, so that YaRN's line falls over several frequencies; original length 64 of 700.
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 64}
+ROPES = {
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": YARN,
+    "yarn, own betas": YARN | {"beta_fast": 6.0, "beta_slow": 2.0},
+    "yarn, ends not rounded": YARN | {"truncate": False},
+    "yarn, own attention factor": YARN | {"attention_factor": 0.6},
+}
+
+
+@pytest.fixture(scope="module", params=ROPES)
+def scaled(request, tmp_path_factory):
+    """A checkpoint with one kind of rotary scaling -> its name, the reference."""
+    folder = tmp_path_factory.mktemp("scaled")
+    return request.param, Reference(folder, head_dim=16, rope_parameters=ROPES[request.param])
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -282,6 +303,98 @@ def test_llama31_8b_inverse_frequencies_have_the_published_values(tmp_path):
     }
     got = {i: inv_freq[i].item() for i in expected}
     assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_state_with_scaled_rope_equals_transformers(scaled):
+    _, reference = scaled
+    ours = states(load_model(reference.folder), reference.ids, LENGTHS)
+    for name, mine, theirs in zip(NAMES, ours, reference.states, strict=True):
+        assert distance(mine, theirs, name) <= TOLERANCE, name
+
+
+# What is broken for each kind: another value of one setting, as if that were not read.
+UNREAD = {
+    "linear": {"factor": 1.0},
+    "dynamic": {"factor": 1.0},  # up to max_position_embeddings it is not used
+    "yarn": {"factor": 2.0},
+    "yarn, own betas": {"beta_fast": None, "beta_slow": None},
+    "yarn, ends not rounded": {"truncate": None},
+    "yarn, own attention factor": {"attention_factor": None},
+}
+
+
+def test_control_parity_fails_with_one_rotary_setting_not_read(scaled, tmp_path):
+    name, reference = scaled
+    checkpoint = shutil.copytree(reference.folder, tmp_path / "checkpoint")
+    rope = {key: v for key, v in (ROPES[name] | UNREAD[name]).items() if v is not None}
+    edit_json(checkpoint / "config.json", rope_parameters=rope)
+    far = missed(reference, load_model(checkpoint))
+    assert far <= TOLERANCE if name == "dynamic" else far > CONTROL * TOLERANCE
+
+
+def test_control_yarns_amplitude_is_seen(scaled, monkeypatch):
+    name, reference = scaled
+    monkeypatch.setattr(model_py, "rope_amplitude", lambda config: 1.0)
+    far = missed(reference, load_model(reference.folder))
+    assert far > CONTROL * TOLERANCE if name.startswith("yarn") else far <= TOLERANCE
+
+
+def test_dynamic_scaling_is_none_up_to_max_positions_which_longer_sequences_may_not_pass(tmp_path):
+    """transformers changes the angles from the first position on once a sequence is longer."""
+    hf = make_hf(rope_parameters=ROPES["dynamic"], max_position_embeddings=512)
+    hf.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert model.config.max_positions == 512 and model.config.rope_scaling is None
+    for length in (512, 513):
+        ids = random_ids(length)
+        pairs = zip(NAMES, states(model, ids[0], [length]), hf_states(hf, ids), strict=True)
+        far = [distance(mine, theirs, name) for name, mine, theirs in pairs]
+        assert max(far) <= TOLERANCE if length == 512 else max(far) > 10 * TOLERANCE
+
+
+LLAMA2_7B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584,
+    "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize("config", [
+    QWEN25_7B | {"rope_scaling": {  # as its model card says, for long texts
+        "factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}},
+    LLAMA2_7B | {"max_position_embeddings": 65536, "rope_scaling": {
+        "factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn",
+        "finetuned": True}},
+    LLAMA2_7B | {"rope_scaling": {"factor": 4.0, "type": "linear"}},
+    LLAMA2_7B | {"rope_scaling": {"factor": 2.0, "type": "dynamic"}},
+], ids=["Qwen2.5-7B, yarn", "Llama-2-7B, yarn 64k", "Llama-2-7B, linear", "Llama-2-7B, dynamic"])
+def test_real_sizes_cosines_equal_transformers_at_any_position(tmp_path, config):
+    """cos and sin as the layers get them, amplitude included, in the config's old spelling."""
+    import transformers
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
+    ours = read_config(tmp_path)
+    layout = Layout([config["max_position_embeddings"]], "cpu")
+    at = torch.tensor([0, 1, 100, 2047, config["max_position_embeddings"] - 1])
+    layout.position = layout.position[at]
+    expected = theirs(torch.zeros(1), at[None])
+    got = layout.cos_sin(rope_inv_freq(ours), model_py.rope_amplitude(ours), torch.float32)
+    for mine, exact in zip(got, expected, strict=True):
+        # an angle of 65,535 has steps of 0.004 in fp32
+        assert (mine[:, 0] - exact[0]).abs().max() <= 1.6e-2
+        assert (mine[:4, 0] - exact[0, :4]).abs().max() <= 5e-4
+    plain = {key: value for key, value in config.items() if key != "rope_scaling"}
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    other = layout.cos_sin(rope_inv_freq(read_config(tmp_path)), 1.0, torch.float32)
+    is_dynamic = config["rope_scaling"]["type"] == "dynamic"
+    far = (other[0][:, 0] - expected[0][0]).abs().max()
+    assert far <= 1.6e-2 if is_dynamic else far > 0.1  # the control
 
 
 def test_rope_is_computed_afresh_in_fp32_even_by_a_bf16_model(llama31):

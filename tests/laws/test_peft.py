@@ -228,9 +228,8 @@ def test_a_rank_that_is_not_the_tensors_is_refused(llama31, adapter):
 
 
 @pytest.mark.parametrize("setting", [
-    {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}},
-    {"modules_to_save": ["embed_tokens"]}, {"peft_type": "IA3"}, {"bias": "all"},
-    {"alora_invocation_tokens": [3, 4]}, {"exclude_modules": ["q_proj"]},
+    {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}, {"peft_type": "IA3"},
+    {"bias": "all"}, {"alora_invocation_tokens": [3, 4]},
     {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"},
     {"init_lora_weights": "loftq"},
 ])
@@ -239,6 +238,16 @@ def test_what_is_more_than_plain_lora_is_refused_by_its_name(llama31, adapter, s
     edit_json(adapter / "adapter_config.json", **setting)
     (name, value), = setting.items()
     check_refused(llama31, adapter, value if name == "peft_type" else name)
+
+
+@pytest.mark.parametrize("setting, word", [
+    ({"rank_pattern": {"q_proj": 2}}, "q_proj.lora_"), ({"exclude_modules": ["q_proj"]}, "q_proj"),
+    ({"layers_to_transform": [0, 1, 3]}, "layers.2")])
+def test_a_choice_of_modules_or_ranks_that_the_tensors_do_not_have_is_refused(
+        llama31, adapter, setting, word):
+    """test_peft_options.py has the choices that fit."""
+    edit_json(adapter / "adapter_config.json", **setting)
+    check_refused(llama31, adapter, word)
 
 
 def test_a_whole_module_that_its_config_names_and_its_file_lacks_is_refused(llama31, adapter):

@@ -9,6 +9,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 from helpers import ROOT
 from runs_helpers import flags, make_inputs
 
@@ -17,6 +18,8 @@ import generate as generate_py
 import train as train_py
 from cli import Args, Parser
 from data import prepare as prepare_py
+from lora import adapt, adapted, load_adapter, save_adapter
+from model import load_model
 from stress import schedule
 from tests import parity
 
@@ -168,6 +171,33 @@ def test_a_kept_adapters_own_rank_is_what_was_worked_out(tmp_path, here):
     config = json.loads((here / "out" / "config.json").read_text())
     assert config["args"]["rank"] == 7  # as typed
     assert config["worked_out"]["rank"] == 2  # as loaded
+
+
+def test_an_adapter_of_several_ranks_is_kept_trained_on_saved_and_resumed(tmp_path, here):
+    """worked_out then lists the ranks and the alphas that occur."""
+    inputs = make_inputs(tmp_path / "inputs")
+    parts = {"model.layers.0.mlp.up_proj": (2, 8.0), "model.layers.1.mlp.up_proj": (4, 8.0),
+             "model.layers.1.self_attn.q_proj": (4, 16.0)}
+    model = load_model(inputs / "model")
+    for name, (rank, alpha) in parts.items():
+        torch.nn.init.normal_(adapt(model, name, rank, alpha, False).lora_A)
+    save_adapter(model, "first")
+    kept = flags(inputs, epochs=1, adapter="first", keep_adapter=True)
+    assert train_py.main(kept) == 0
+    worked_out = json.loads((here / "out" / "config.json").read_text())["worked_out"]
+    assert (worked_out["rank"], worked_out["alpha"]) == ([2, 4], [8.0, 16.0])
+    assert worked_out["rslora"] is False
+    assert train_py.main([*kept, "--resume"]) == 0
+    saved = load_model(inputs / "model")
+    load_adapter(saved, "out")
+    assert {name: (m.rank, m.alpha) for name, m in adapted(saved)} == parts
+    for name, m in adapted(saved):
+        assert m.lora_B.any(), name  # trained: B was 0
+    # without --keep-adapter the same folder is merged, and a new adapter is trained
+    merged = flags(inputs, epochs=1, adapter="out", out="merged")
+    assert train_py.main(merged) == 0
+    worked_out = json.loads((here / "merged" / "config.json").read_text())["worked_out"]
+    assert worked_out["rank"] == 2
 
 
 def test_help_states_each_default_once():

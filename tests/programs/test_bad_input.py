@@ -171,8 +171,9 @@ def replace_by_pickle(folder):
 
 def without_a_shard(folder):
     """The index names two files; one was not fetched."""
-    shards = dict.fromkeys(tensors_of(folder), "model.safetensors")
+    shards = dict.fromkeys(tensors_of(folder), "model-00001-of-00002.safetensors")
     shards["lm_head.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
@@ -195,7 +196,7 @@ MODEL_FAULTS = {
     "config.json is empty": (lambda f: (f / "config.json").write_text(""), "config.json", "JSON"),
     "unknown architecture": (config(architectures=["MambaForCausalLM"]), "MambaForCausalLM",
                              "LlamaForCausalLM"),
-    "no architecture": (config(architectures=None), "architecture"),
+    "no architecture": (config(architectures=None, model_type=None), "architecture"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), "quantised"),
     "YaRN": (config(rope_scaling={"type": "yarn", "factor": 4.0}), "yarn"),
     "no hidden_size": (config(hidden_size=None), "hidden_size"),
@@ -204,6 +205,13 @@ MODEL_FAULTS = {
     "llama3 scaling without its numbers": (
         config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "config.json",
         "low_freq_factor"),
+    "a model_type that is not the architecture's": (
+        config(model_type="qwen2"), "LlamaForCausalLM", "qwen2"),
+    "an unknown rotary key": (
+        config(rope_scaling={"type": "linear", "factor": 4.0, "speed": 2}), "speed"),
+    "rotary scaling in words": (config(rope_scaling="linear"), "rope_scaling", "linear"),
+    "weights as integers": (tensors(lambda t: t.update({GATE: torch.ones(64, 32).char()})),
+                            "int8", GATE),
     "no weights": (remove("model.safetensors"), "model.safetensors"),
     "only pickled weights": (replace_by_pickle, ".bin", "convert"),
     "truncated weights": (truncate, "model.safetensors", "not safetensors"),
@@ -423,6 +431,13 @@ ADAPTER_FAULTS = {
     "a surplus tensor": (adapter_tensors(lambda t: t.update(extra=torch.zeros(2))),
                          "does not fit", "extra"),
     "DoRA": (settings(use_dora=True), "use_dora"),
+    "rows of the embedding": (settings(trainable_token_indices=[3]), "trainable_token_indices"),
+    "an unknown setting": (settings(use_something=True), "use_something", "not known"),
+    "a pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+                 "adapter_model.bin", "pickle"),
+    "the head as a target": (settings(target_modules=["lm_head"]), "lm_head", "target_modules"),
+    "a pattern that is none": (settings(exclude_modules="*"), "exclude_modules"),
+    "a layer too many": (settings(layers_to_transform=[0]), "does not fit", "layers.1"),
     "no LoRA": (settings(peft_type="IA3"), "IA3"),
     "another model's targets": (settings(target_modules=["c_attn"]), "does not fit"),
     "alpha in words": (settings(lora_alpha="big"), "lora_alpha"),

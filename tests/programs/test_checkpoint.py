@@ -28,7 +28,9 @@ from helpers import (
     tensors_of,
     write_tensors,
 )
+from safetensors.torch import load_file, save_file
 
+from files import model_files
 from generate import generate
 from model import Llama, UserError, load_model
 
@@ -138,6 +140,259 @@ def test_a_tied_file_may_also_carry_its_head(tmp_path):
     tensors["lm_head.weight"][3] += 1  # which of the two is meant? transformers 4 and 5 disagree
     write_tensors(tmp_path, tensors)
     check_refused(tmp_path, "another head")
+
+
+def test_a_tied_file_may_name_its_one_tensor_as_the_head(tmp_path):
+    """Some writers keep the other of the two names; transformers reads it all the same."""
+    hf = make_hf(tie_word_embeddings=True)
+    hf.save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    write_tensors(tmp_path, tensors)
+    (ids,) = random_ids(50, seed=12)
+    ours = states(load_model(tmp_path), ids, [50])
+    for name, mine, theirs in zip(NAMES, ours, hf_states(hf, [ids]), strict=True):
+        assert distance(mine, theirs, name) <= TOLERANCE, name
+    edit_json(tmp_path / "config.json", tie_word_embeddings=False)  # the control
+    check_refused(tmp_path, "embed_tokens")
+
+
+# ---------------------------------------------------------------------------------------------
+# which files are the model
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def hf_reads(folder):
+    """What transformers makes of the folder, as our logits are laid out."""
+    import transformers
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        return torch.cat([hf(ids[None]).logits[0] for ids in random_ids(50, 9, seed=13)])
+
+
+def we_read(folder):
+    return logits(load_model(folder), random_ids(50, 9, seed=13))
+
+
+@pytest.fixture
+def both(folder):
+    """model.safetensors, beside the shards and the index of another training."""
+    older = make_hf(seed=5)
+    older.save_pretrained(folder / "older", max_shard_size="100KB")
+    for path in (folder / "older").iterdir():
+        if path.name.startswith("model"):
+            path.rename(folder / path.name)
+    shutil.rmtree(folder / "older")
+    return folder
+
+
+def test_beside_a_stale_index_model_safetensors_is_read_and_both_are_named(both, llama31, capsys):
+    ours = we_read(both)
+    said = capsys.readouterr().err
+    assert torch.equal(ours, we_read(llama31.folder))
+    assert distance(ours, hf_reads(both), "hf") <= TOLERANCE
+    assert said.count("\n") == 1
+    assert str(both / "model.safetensors") in said and INDEX in said and "model-00001-of" in said
+    (both / "model.safetensors").unlink()  # the control: the shards hold another model
+    assert distance(we_read(both), ours) > CONTROL * TOLERANCE
+    assert distance(we_read(both), hf_reads(both), "hf") <= TOLERANCE
+
+
+def test_the_index_that_transformers_leaves_when_it_saves_over_a_sharded_copy_is_named(
+        llama31, tmp_path, capsys):
+    """It deletes the shards and not the index."""
+    make_hf(seed=5).save_pretrained(tmp_path, max_shard_size="100KB")
+    llama31.hf.save_pretrained(tmp_path)
+    assert (tmp_path / INDEX).exists() and not list(tmp_path.glob("model-*"))
+    capsys.readouterr()  # what transformers said
+    assert torch.equal(we_read(tmp_path), we_read(llama31.folder))
+    assert INDEX in capsys.readouterr().err
+
+
+def test_an_index_of_the_one_file_is_no_disagreement(folder, capsys):
+    """Some converters write an index even then."""
+    weight_map = dict.fromkeys(tensors_of(folder), "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    load_model(folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_incomplete_model_safetensors_beside_an_index_names_both(both):
+    """Which of the two is meant nobody can know."""
+    write_tensors(both, {k: v for k, v in tensors_of(both).items() if k != KEY})
+    with pytest.raises(UserError) as error:
+        load_model(both)
+    print(error.value)
+    for word in (KEY, "model.safetensors,", INDEX, "delete"):
+        assert word in str(error.value)
+
+
+def test_the_digest_is_over_the_files_that_are_read(both):
+    names = [path.name for path in model_files(both)]
+    assert names[0] == "model.safetensors" and INDEX not in names
+    assert not [name for name in names if name.startswith("model-")]
+    (both / "model.safetensors").unlink()
+    names = {path.name for path in model_files(both)}
+    assert names >= {path.name for path in both.glob("model-*")} | {INDEX}
+
+
+def sharded(llama31, folder):
+    """The checkpoint in shards -> its folder, the shards and what the index says."""
+    llama31.hf.save_pretrained(folder, max_shard_size="100KB")
+    return folder, sorted(folder.glob("model-*")), json.loads((folder / INDEX).read_text())
+
+
+def test_a_tensor_in_two_shards_is_read_where_they_agree_and_refused_where_not(llama31, tmp_path):
+    """transformers takes whichever file it opens last."""
+    folder, shards, _ = sharded(llama31, tmp_path)
+    first, last = load_file(shards[0]), load_file(shards[-1])
+    name = next(iter(first))
+    save_file(last | {name: first[name]}, shards[-1], {"format": "pt"})
+    assert torch.equal(we_read(folder), we_read(llama31.folder))
+    save_file(last | {name: first[name] + 1}, shards[-1], {"format": "pt"})
+    check_refused(folder, name, shards[0].name, shards[-1].name)
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_read_as_in_transformers(
+        llama31, tmp_path):
+    folder, shards, index = sharded(llama31, tmp_path)
+    following = dict(zip(shards, [*shards[1:], shards[0]], strict=True))
+    for name, file in index["weight_map"].items():
+        index["weight_map"][name] = following[folder / file].name
+    (folder / INDEX).write_text(json.dumps(index))
+    assert distance(we_read(folder), hf_reads(folder), "hf") <= TOLERANCE
+
+
+@pytest.mark.parametrize("file", [
+    "../model.safetensors", "/etc/model.safetensors", "a/b", "", 7, [1]])
+def test_an_index_that_names_a_file_elsewhere_is_refused(llama31, tmp_path, file):
+    folder, _, index = sharded(llama31, tmp_path)
+    index["weight_map"]["lm_head.weight"] = file
+    (folder / INDEX).write_text(json.dumps(index))
+    check_refused(folder, INDEX, str(file))
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["model.safetensors"]}])
+def test_an_index_without_a_map_is_named(llama31, tmp_path, index):
+    folder, _, _ = sharded(llama31, tmp_path)
+    (folder / INDEX).write_text(json.dumps(index))
+    check_refused(folder, INDEX, "weight_map")
+
+
+@pytest.mark.parametrize("name, what_to_do", [
+    ("pytorch_model.bin", "convert"), ("consolidated.00.pth", "Hugging Face files"),
+    ("consolidated.safetensors", "Hugging Face files"), ("model-Q4_K_M.gguf", "made from"),
+    ("model-00001-of-00002.safetensors", "index"), ("adapter_model.safetensors", "--adapter"),
+    ("model.fp16.safetensors", "name it model.safetensors")])
+def test_weights_under_another_name_are_named_with_what_to_do(folder, name, what_to_do):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert_names(error.value, folder, "neither", name, what_to_do)
+
+
+def test_other_weights_beside_model_safetensors_are_not_read(folder, llama31):
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    assert torch.equal(we_read(folder), we_read(llama31.folder))
+
+
+def test_an_adapter_beside_the_model_is_not_put_on_it_and_that_is_said(folder, llama31, capsys):
+    """transformers would load another base for it."""
+    (folder / "adapter_config.json").write_text("{}")
+    assert torch.equal(we_read(folder), we_read(llama31.folder))
+    said = capsys.readouterr().err
+    assert "adapter_config.json" in said and "--adapter" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_weight_that_is_no_float_of_16_bits_is_named(folder, dtype):
+    """Read as a number it would be a wrong one: its scale stands elsewhere, or nowhere."""
+    tensors = tensors_of(folder)
+    write_tensors(folder, tensors | {KEY: tensors[KEY].to(dtype)})
+    check_refused(folder, KEY, str(dtype))
+
+
+def test_a_mix_of_dtypes_is_read_into_one(folder):
+    tensors = tensors_of(folder)
+    mixed = {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        mixed[name] = tensor.to((torch.float16, torch.bfloat16, torch.float64)[i % 3])
+    write_tensors(folder, mixed)
+    for name, tensor in load_model(folder).state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, mixed[name].float()), name
+
+
+# ---------------------------------------------------------------------------------------------
+# which model the config means
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"])
+def test_without_architectures_the_model_type_decides_as_in_transformers(tmp_path, family):
+    make_hf(family, head_dim=16, rope_parameters=PLAIN_ROPE).save_pretrained(tmp_path)
+    named = we_read(tmp_path)
+    for architectures in (None, []):
+        edit_json(tmp_path / "config.json", architectures=architectures)
+        assert torch.equal(we_read(tmp_path), named)
+        assert distance(named, hf_reads(tmp_path), "hf") <= TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", [None, "falcon_mamba", "qwen2_moe"])
+def test_without_architectures_an_unknown_model_type_is_named(folder, model_type):
+    edit_json(folder / "config.json", architectures=None, model_type=model_type)
+    check_refused(folder, "architecture", str(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "phi3"])
+def test_an_architecture_that_is_not_the_model_types_is_refused_with_both(folder, model_type):
+    """transformers goes by model_type, vLLM by architectures."""
+    edit_json(folder / "config.json", model_type=model_type)
+    check_refused(folder, "LlamaForCausalLM", model_type)
+
+
+@pytest.mark.parametrize("rope, words", [
+    ({"rope_type": "longrope", "factor": 4.0}, ["longrope"]),
+    ({"type": "mrope", "mrope_section": [2, 1, 1]}, ["mrope"]),
+    ({"rope_type": "yarn", "factor": 4.0}, ["yarn", "original_max_position_embeddings"]),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0},
+     ["yarn", "mscale"]),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+      "beta_fast": "32"}, ["beta_fast"]),
+    ({"rope_type": "linear"}, ["linear", "factor"]),
+    ({"rope_type": "linear", "factor": 0}, ["linear", "factor 0"]),
+    ({"rope_type": "dynamic", "factor": True}, ["dynamic", "factor True"]),
+    ({"rope_type": "default", "factor": 4.0}, ["default", "factor"]),  # ignored in transformers
+    ({"full_attention": {"rope_type": "linear", "factor": 4.0}}, ["full_attention"]),
+    ({"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5},
+     ["partial_rotary_factor"]),
+    ("linear", ["rope_parameters", "linear"]),
+])
+def test_rotary_settings_that_are_not_computed_are_named(folder, rope, words):
+    edit_json(folder / "config.json", rope_parameters=rope)
+    check_refused(folder, *words)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ["rope_parameters", "rope_scaling"]),
+    ({"rope_theta": 5e5}, ["rope_theta", "500000.0", "10000.0"]),
+    ({"original_max_position_embeddings": 32}, ["original_max_position_embeddings", "32", "64"]),
+    ({"partial_rotary_factor": 0.25}, ["partial_rotary_factor"]),
+])
+def test_a_rotary_setting_given_twice_with_two_values_is_refused_with_both(
+        folder, changes, words):
+    """transformers 4 and 5 read different ones."""
+    edit_json(folder / "config.json", **changes)
+    check_refused(folder, *words)
+
+
+def test_a_rotary_setting_given_twice_with_one_value_is_read(folder, llama31):
+    older = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_type"} | {"type": "llama3"}
+    edit_json(folder / "config.json", rope_scaling=older, rope_theta=10000.0)
+    assert torch.equal(we_read(folder), we_read(llama31.folder))
 
 
 class EvilPickle:

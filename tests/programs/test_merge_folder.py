@@ -33,7 +33,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import merge as merge_py
-from lora import load_adapter, save_adapter
+from lora import adapt, load_adapter, save_adapter
 from model import load_model
 
 transformers = pytest.importorskip("transformers", reason="the reference; see requirements-dev.txt")
@@ -116,6 +116,21 @@ def test_the_folder_has_the_adapter_models_logits_in_transformers(tmp_path, case
         CONTROL * TOLERANCE)
 
 
+def test_an_adapter_with_a_rank_of_its_own_on_some_modules_merges_by_those(base, tmp_path):
+    model = load_model(base.folder)
+    for layer, rank in ((0, 3), (2, 5)):
+        torch.manual_seed(layer)
+        part = adapt(model, f"model.layers.{layer}.mlp.up_proj", rank, 7.0, True)
+        torch.nn.init.normal_(part.lora_A, std=0.2)
+        torch.nn.init.normal_(part.lora_B, std=0.2)
+    save_adapter(model, base.adapter)
+    assert merge(base, tmp_path / "out") == 0
+    merged = hf_logits(tmp_path / "out")
+    assert distance(merged, logits(model, SEQUENCES), "merged") <= TOLERANCE
+    plain = logits(load_model(base.folder), SEQUENCES)
+    assert distance(plain, merged, "base") > CONTROL * TOLERANCE  # the control
+
+
 def merged_tensors(base):
     """What the file must hold: W + s B A in fp32, rounded once to W's own dtype; the rest as is."""
     adapter, merged = load_file(base.adapter / "adapter_model.safetensors"), {}
@@ -184,6 +199,32 @@ def test_a_sharded_model_keeps_its_shards_and_its_index(tmp_path):
             assert set(f.keys()) == {n for n, s in weight_map.items() if s == shard}
             assert f.metadata() == {"format": "pt"}
     assert distance(hf_logits(out), adapter_logits(base), "sharded") <= TOLERANCE
+
+
+def test_a_stale_index_and_an_adapter_beside_the_model_are_not_copied(base, tmp_path, capsys):
+    """The one names files that are not there; transformers would put the other on top."""
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (base.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in base.adapter.iterdir():
+        (base.folder / path.name).write_bytes(path.read_bytes())
+    assert merge(base, tmp_path / "out") == 0
+    assert sorted(tree(tmp_path / "out")) == [
+        "config.json", "generation_config.json", "model.safetensors"]
+    assert distance(hf_logits(tmp_path / "out"), adapter_logits(base), "merged") <= TOLERANCE
+    # the control: an index that means the file that is written is copied
+    index = {"weight_map": dict.fromkeys(tensors_of(base.folder), "model.safetensors")}
+    (base.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert merge(base, tmp_path / "again") == 0
+    assert "model.safetensors.index.json" in tree(tmp_path / "again")
+
+
+def test_a_tied_file_that_names_its_one_tensor_as_the_head_merges(tmp_path):
+    base = Base(tmp_path, "llama, wide heads, tied")
+    tensors = tensors_of(base.folder)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    write_tensors(base.folder, tensors)
+    assert merge(base, tmp_path / "out") == 0
+    assert distance(hf_logits(tmp_path / "out"), adapter_logits(base), "merged") <= TOLERANCE
 
 
 def test_small_files_are_copied_byte_for_byte_and_nothing_that_could_hold_code_is(base, tmp_path):
