@@ -7,7 +7,7 @@ decoder is our own; the head is LlamaForSequenceClassification's, read at the la
 import torch
 
 from model import UserError, load_model
-from tokenizer import open_backend
+from vocabulary import open_backend
 
 # beaver-dam-7b's labels in the order of its head (moderation/constants.py:58-73 of beavertails)
 CATEGORIES = (
