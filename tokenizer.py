@@ -283,15 +283,18 @@ class Tokenizer:
     def _pieces(self, text: str, place: str) -> tuple[list[int], str]:
         """Rendered text -> (ids, the place where it ends); added tokens become their ids.
 
-        A place is "start" (nothing stands before), "token" (an added token does) or "text".
+        A place is "start" (nothing stands before), "token" (an added token does), "swallows" (one
+        that swallows the white space behind it) or "text".
         """
+        if place == "swallows":
+            text = text.lstrip()
         ids = []
         done = 0  # characters of the text that ids stand for so far
         for start, end, i in self.added.find(text):
             ids += self._plain(text[done:start], place)
             ids.append(i)
             done = end
-            place = "token"
+            place = "swallows" if i in self.added.swallowing else "token"
         rest = text[done:]
         if rest:
             ids += self._plain(rest, place)
@@ -303,7 +306,8 @@ class Tokenizer:
         if not text:
             return []
         text = re.sub(f"{HIDE}({HIDE}?)", r"\1", text)
-        begins = place == "start" or (place == "token" and self.backend.prefix_behind_tokens)
+        behind_token = place in ("token", "swallows")
+        begins = place == "start" or (behind_token and self.backend.prefix_behind_tokens)
         return self.backend.encode(text, inside=not begins)
 
     def _hide(self, text: str) -> str:

@@ -14,6 +14,7 @@ Where transformers would give other ids than stated here, the flag is refused by
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -29,6 +30,15 @@ SPACES = r"[^\S\x1c-\x1f]*"  # white space as `tokenizers` counts it: not four c
 
 
 # what the folder declares
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An added token that a file beside the vocabulary declares."""
+
+    token: AddedToken
+    id: int | None = None  # as the file states it; None where it states none
+    flags_win: bool = False  # over those that tokenizer.json gives the same token
 
 
 def read_config(dir) -> dict:
@@ -65,8 +75,8 @@ def named_as_told(config: dict) -> dict[str, str | dict]:
     return {key: told for key, told in named.items() if told}
 
 
-def declared_tokens(dir: Path, config: dict) -> list[tuple[AddedToken, int | None]]:
-    """The added tokens that files beside the vocabulary declare, (token, the id stated or None)."""
+def declared_tokens(dir: Path, config: dict) -> list[Declared]:
+    """The added tokens that files beside the vocabulary declare, in the order of their ids."""
     named = [special_token(told) for told in named_as_told(config).values()]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if not isinstance(extra, dict):  # a dict's are among the named ones
@@ -76,32 +86,32 @@ def declared_tokens(dir: Path, config: dict) -> list[tuple[AddedToken, int | Non
         declared = tokens_by_id(dir / "tokenizer_config.json", config["added_tokens_decoder"])
     elif (dir / "added_tokens.json").exists():
         declared = tokens_by_text(dir / "added_tokens.json", {t.content for t in named})
-    known = {token.content for token, _ in declared}
+    known = {d.token.content for d in declared}
     for token in named:
         if token.content not in known:
-            declared.append((token, None))
+            declared.append(Declared(token))
             known.add(token.content)
     return declared
 
 
-def tokens_by_id(path: Path, told: dict) -> list[tuple[AddedToken, int]]:
+def tokens_by_id(path: Path, told: dict) -> list[Declared]:
     """The tokens of an added_tokens_decoder, {"32000": {"content": "<|user|>", ...}}."""
     try:
-        return sorted(((AddedToken(**flags), int(i)) for i, flags in told.items()),
-                      key=lambda pair: pair[1])
+        by_id = {int(i): AddedToken(**flags) for i, flags in told.items()}
+        return [Declared(token, i, flags_win=True) for i, token in sorted(by_id.items())]
     except (AttributeError, TypeError, ValueError) as e:
         raise UserError(f"the added_tokens_decoder of {path} cannot be read ({e}); fetch it "
                         "again.") from None
 
 
-def tokens_by_text(path: Path, specials: set[str]) -> list[tuple[AddedToken, int]]:
+def tokens_by_text(path: Path, specials: set[str]) -> list[Declared]:
     """The tokens of an added_tokens.json, {"<|user|>": 32000}."""
     told = read_json(path)
     if not all(isinstance(i, int) for i in told.values()):
         raise UserError(f"{path} needs an id for each of its tokens, {{text: integer}}; fetch it "
                         "again.")
-    by_id = sorted(told.items(), key=lambda pair: pair[1])
-    return [(AddedToken(text, special=text in specials), i) for text, i in by_id]
+    by_id = {i: AddedToken(text, special=text in specials) for text, i in told.items()}
+    return [Declared(token, i) for i, token in sorted(by_id.items())]
 
 
 def special_token(told: str | dict) -> AddedToken:
@@ -123,6 +133,7 @@ class AddedTokens:
         self.tokens = {token.content: token for token in by_id.values()}
         self.ids = {token.content: i for i, token in by_id.items()}
         self.pattern = any_of(self.tokens)
+        self.swallowing = {i for i, token in by_id.items() if token.rstrip}
 
     def find(self, text: str):
         """Yields (start, end, id) of each token; the white space that it swallows is its own."""
@@ -182,8 +193,8 @@ class JsonBackend:
         self._refuse_settings(spec, config, has_prefix)
         # A space may be put before the first piece of a text, or also behind each added token.
         self.prefix_behind_tokens = not is_put_once(spec.get("pre_tokenizer"))
-        for token, stated in declared_tokens(dir, config):
-            self._declare(token, stated)
+        for declared in declared_tokens(dir, config):
+            self._declare(declared)
         for tok in self.both:
             tok.encode_special_tokens = True  # special tokens are ours to place, see Tokenizer
             tok.no_truncation()
@@ -213,14 +224,13 @@ class JsonBackend:
     def decode(self, ids) -> str:
         return self.tok.decode(list(ids), skip_special_tokens=True)
 
-    def _declare(self, token: AddedToken, stated: int | None) -> None:
-        """Adds a token that a file beside tokenizer.json declares, with that file's flags."""
-        there = {t.content for t in self.tok.get_added_tokens_decoder().values()}
-        if stated is None and token.content in there:
-            return  # only named: its flags are tokenizer.json's
-        for tok in self.both:
-            tok.add_tokens([token])
-        check_id(self.path, token, stated, self.tok.token_to_id(token.content))
+    def _declare(self, declared: Declared) -> None:
+        """Adds a token that a file beside tokenizer.json declares."""
+        there = {token.content for token in self.tok.get_added_tokens_decoder().values()}
+        if declared.flags_win or declared.token.content not in there:
+            for tok in self.both:
+                tok.add_tokens([declared.token])
+        check_id(self.path, declared, self.tok.token_to_id(declared.token.content))
 
     def _refuse_settings(self, spec: dict, config: dict, has_prefix: bool) -> None:
         wanted = config.get("add_prefix_space")
@@ -253,10 +263,12 @@ def is_put_once(part: dict | None) -> bool:
     return part.get("prepend_scheme") == "first" or any(map(is_put_once, parts))
 
 
-def check_id(path: Path, token: AddedToken, stated: int | None, found: int) -> None:
-    if stated is not None and stated != found:
-        raise UserError(f"a file beside {path} gives the added token {token.content!r} the id "
-                        f"{stated}, but there it is {found}; fetch the folder again.")
+def check_id(path: Path, declared: Declared, found: int) -> None:
+    """UserError where a token's id is not the one that a file beside the vocabulary states."""
+    if declared.id not in (None, found):
+        raise UserError(f"a file beside {path} gives the added token {declared.token.content!r} "
+                        f"the id {declared.id}, but by that file it is {found}; fetch the folder "
+                        "again.")
 
 
 def without_prefix(part: dict | None) -> dict | None:
@@ -289,8 +301,8 @@ class SentencePieceBackend:
         for i in range(self.n_ids):
             if self.sp.is_control(i):
                 self.added[i] = AddedToken(self.sp.id_to_piece(i), special=True)
-        for token, stated in declared_tokens(dir, config):
-            self._declare(path, token, stated)
+        for declared in declared_tokens(dir, config):
+            self._declare(path, declared)
         self.spelt = self._spelt_by_the_model()
         pieces = {"bos_token": self.sp.bos_id(), "eos_token": self.sp.eos_id(),
                   "unk_token": self.sp.unk_id()}
@@ -345,13 +357,14 @@ class SentencePieceBackend:
             return self.sp.decode(self.newline + ids)[1:]
         return self.sp.decode(ids)
 
-    def _declare(self, path: Path, token: AddedToken, stated: int | None) -> None:
-        found = self.sp.piece_to_id(token.content)
-        if self.sp.id_to_piece(found) != token.content:  # the model does not have it
+    def _declare(self, path: Path, declared: Declared) -> None:
+        content = declared.token.content
+        found = self.sp.piece_to_id(content)
+        if self.sp.id_to_piece(found) != content:  # the model does not have it
             found = self.n_ids
             self.n_ids += 1
-        check_id(path, token, stated, found)
-        self.added[found] = token
+        check_id(path, declared, found)
+        self.added[found] = declared.token
 
 
 def open_backend(dir) -> JsonBackend | SentencePieceBackend:
