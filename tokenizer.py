@@ -29,7 +29,15 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model import UserError, read_json
-from vocabulary import NAMED, AddedTokens, any_of, named_tokens, open_backend, read_config
+from vocabulary import (
+    NAMED,
+    AddedTokens,
+    any_of,
+    n_spaces,
+    named_tokens,
+    open_backend,
+    read_config,
+)
 
 DATE = "26 Jul 2024"  # Llama 3's templates print it where they are given none
 HIDE = "\ue000"  # a private-use character; where a user's text has one, it is written twice
@@ -192,7 +200,8 @@ class Tokenizer:
 
         Such a prompt opens a thought, "<think>", that finished turns leave out. The answer's place
         is found where the row has the thought: behind the prompt stand then the rest of the
-        thought, its closing tag, and the answer as the finished turn has it.
+        thought, its closing tag, and the answer as the finished turn has it. Behind a prompt that
+        also closes the thought, "<think></think>", stands the answer alone.
         """
         opened = self.turn.opened
         header = prompt.removesuffix(opened)
@@ -203,8 +212,10 @@ class Tokenizer:
             raise UserError(f"the chat template of {self.dir} does not end its prompt where the "
                             f"assistant starts (found {prompt[-20:]!r}), so the answer's place is "
                             "unknown; use a template whose text only grows.")
-        thought, tag, shown = self._hide(content).rpartition(closing)
         kept = finished[len(header):len(finished) - len(tail)]
+        if opened.rstrip().endswith(closing):
+            return kept + tail[:self.turn.n_end]
+        thought, tag, shown = self._hide(content).rpartition(closing)
         if not tag or shown.strip() != kept.strip():
             raise UserError(f"the chat template of {self.dir} opens every answer with "
                             f"{opened.strip()!r}, and this answer holds no thought that "
@@ -287,7 +298,7 @@ class Tokenizer:
         that swallows the white space behind it) or "text".
         """
         if place == "swallows":
-            text = text.lstrip()
+            text = text[n_spaces(text):]
         ids = []
         done = 0  # characters of the text that ids stand for so far
         for start, end, i in self.added.find(text):
@@ -409,6 +420,9 @@ def contexts_between(answers: list[Answer], whole: str) -> list[str] | None:
 
 
 def closing_tag(opened: str) -> str | None:
-    """</think> for <think>, [/THINK] for [THINK]; None for a text that is no single tag."""
-    tag = re.fullmatch(r"([<\[])(\w+)([>\]])", opened.strip())
-    return f"{tag[1]}/{tag[2]}{tag[3]}" if tag else None
+    """</think> for <think> or <think></think>, [/THINK] for [THINK]; None for any other text."""
+    tag = re.fullmatch(r"([<\[])(\w+)([>\]])\s*(\S*)", opened.strip())
+    if tag is None:
+        return None
+    closing = f"{tag[1]}/{tag[2]}{tag[3]}"
+    return closing if tag[4] in ("", closing) else None

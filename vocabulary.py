@@ -9,7 +9,9 @@ They are told, as transformers reads them, by
     tokenizer_config.json       added_tokens_decoder, whose flags win; *_token, extra_special_tokens
     added_tokens.json, special_tokens_map.json     only where there is no added_tokens_decoder
 
-Where transformers would give other ids than stated here, the flag is refused by its name.
+What is not followed is refused by its name. Two choices are ours: a tokenizer.json itself says
+where a space is put before a text, whatever "legacy" says beside it; beside a tokenizer.model,
+"legacy": false means that none is put behind an added token, and all else is sentencepiece's way.
 """
 
 import json
@@ -127,18 +129,34 @@ def special_token(told: str | dict) -> AddedToken:
 
 
 class AddedTokens:
-    """Finds added tokens in a text: the leftmost, of those the longest, then by their flags."""
+    """Finds added tokens in a text: the leftmost, of those the longest, then by their flags.
+
+    Like `tokenizers`: first those that are not normalized, then the others between them.
+    """
 
     def __init__(self, by_id: dict[int, AddedToken]):
         self.tokens = {token.content: token for token in by_id.values()}
         self.ids = {token.content: i for i, token in by_id.items()}
-        self.pattern = any_of(self.tokens)
+        self.first = any_of(text for text, token in self.tokens.items() if not token.normalized)
+        self.then = any_of(text for text, token in self.tokens.items() if token.normalized)
         self.swallowing = {i for i, token in by_id.items() if token.rstrip}
 
-    def find(self, text: str):
-        """Yields (start, end, id) of each token; the white space that it swallows is its own."""
+    def find(self, text: str) -> list[tuple[int, int, int]]:
+        """(start, end, id) of each token; the white space that it swallows is its own."""
+        found = []
         done = 0
-        for match in self.pattern.finditer(text):
+        for start, end, i in self._find(self.first, text):
+            found += self._between(text, done, start)
+            found.append((start, end, i))
+            done = end
+        return found + self._between(text, done, len(text))
+
+    def _between(self, text: str, start: int, end: int) -> list[tuple[int, int, int]]:
+        return [(start + a, start + b, i) for a, b, i in self._find(self.then, text[start:end])]
+
+    def _find(self, pattern: re.Pattern, text: str):
+        done = 0
+        for match in pattern.finditer(text):
             token = self.tokens[match.group()]
             start, end = match.span()
             if token.single_word and touches_a_word(text, start, end):
@@ -147,10 +165,14 @@ class AddedTokens:
                 spaces = re.search(SPACES + r"\Z", text[done:start])
                 start -= len(spaces.group())
             if token.rstrip:
-                spaces = re.match(SPACES, text[end:])
-                end += len(spaces.group())
+                end += n_spaces(text[end:])
             yield start, end, self.ids[token.content]
             done = end
+
+
+def n_spaces(text: str) -> int:
+    """How much white space a text begins with."""
+    return re.match(SPACES, text).end()
 
 
 def any_of(texts) -> re.Pattern:
@@ -195,34 +217,33 @@ class JsonBackend:
         self.prefix_behind_tokens = not is_put_once(spec.get("pre_tokenizer"))
         for declared in declared_tokens(dir, config):
             self._declare(declared)
-        for tok in self.both:
-            tok.encode_special_tokens = True  # special tokens are ours to place, see Tokenizer
-            tok.no_truncation()
-            tok.no_padding()
         self.n_ids = 1 + max(self.tok.get_vocab(with_added_tokens=True).values())
         self.added = self.tok.get_added_tokens_decoder()
+        for tok in self.both:
+            # Added tokens are ours to place, see Tokenizer: here each is text where it is spelt.
+            tok.add_special_tokens(list(self.tok.get_added_tokens_decoder().values()))
+            tok.encode_special_tokens = True
+            tok.no_truncation()
+            tok.no_padding()
         is_llama = str(config.get("tokenizer_class")).startswith("Llama")
         if not is_llama:  # transformers uses no normalizer for that class
-            self._refuse_normalized()
+            self._refuse_normalized(spec.get("normalizer"))
 
     @property
     def specials(self) -> dict[str, int]:
         return {t.content: i for i, t in self.added.items() if t.special}
 
     def make_special(self, content: str) -> None:
-        """Where a user spells this token it is text from now on, and decoding leaves it out."""
-        token = self.added[self.tok.token_to_id(content)]
-        token.special = True
-        for tok in self.both:
-            tok.add_special_tokens([token])
-        self.added = self.tok.get_added_tokens_decoder()
+        """Decoding leaves this token out from now on."""
+        self.added[self.tok.token_to_id(content)].special = True
 
     def encode(self, text: str, inside: bool = False) -> list[int]:
         tok = self.inner if inside else self.tok
         return tok.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
-        return self.tok.decode(list(ids), skip_special_tokens=True)
+        specials = self.specials.values()
+        return self.tok.decode([i for i in ids if i not in specials], skip_special_tokens=False)
 
     def _declare(self, declared: Declared) -> None:
         """Adds a token that a file beside tokenizer.json declares."""
@@ -243,16 +264,24 @@ class JsonBackend:
             raise UserError(f"{self.path} has a dropout of {dropout}, so its ids are random; set "
                             "it to null.")
 
-    def _refuse_normalized(self) -> None:
-        normalizer = self.tok.normalizer
+    def _refuse_normalized(self, normalizer: dict | None) -> None:
+        """UserError where a token would be found in the normalised text, but not as it is spelt."""
         if normalizer is None:
             return
         for token in self.added.values():
-            changed = normalizer.normalize_str(token.content)
-            if token.normalized and changed != token.content:
+            changed = self.tok.normalizer.normalize_str(token.content)
+            keeps = changed == token.content and kinds_of(normalizer) <= {"NFC", "Replace"}
+            if token.normalized and not keeps:
                 raise UserError(f"{self.path.parent} has the added token {token.content!r} with "
-                                f"normalized true, which its normalizer makes {changed!r}; set "
-                                "normalized to false.")
+                                f"normalized true and a normalizer that writes it {changed!r}, or "
+                                "other texts like it; set normalized to false.")
+
+
+def kinds_of(normalizer: dict) -> set[str]:
+    """The types of a normalizer's parts."""
+    if "normalizers" not in normalizer:
+        return {normalizer["type"]}
+    return set().union(*map(kinds_of, normalizer["normalizers"]))
 
 
 def is_put_once(part: dict | None) -> bool:
@@ -304,9 +333,10 @@ class SentencePieceBackend:
         for declared in declared_tokens(dir, config):
             self._declare(path, declared)
         self.spelt = self._spelt_by_the_model()
-        pieces = {"bos_token": self.sp.bos_id(), "eos_token": self.sp.eos_id(),
-                  "unk_token": self.sp.unk_id()}
-        self.default_names = {key: self.sp.id_to_piece(i) for key, i in pieces.items() if i >= 0}
+        own = {"bos_token": self.sp.bos_id(), "eos_token": self.sp.eos_id(),
+               "unk_token": self.sp.unk_id()}
+        self.default_names = {key: self.sp.id_to_piece(i) for key, i in own.items()
+                              if i >= 0 and key not in config}  # null in the config: it has none
         self.newline = self.sp.encode("\n")  # a byte piece, which merges with nothing
         self.puts_prefix = config.get("add_prefix_space") is not False
         # legacy false: a space is put before a text, but not behind an added token.

@@ -46,6 +46,9 @@ TEMPLATES = {
         + "{{ m.content.split('[/THINK]')[-1] | trim if m.role == 'assistant' else m.content }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n[THINK]"
         "{% endif %}",
+    # the prompt opens a thought and closes it, the finished turn has none
+    "prompt skips the thought": HEAD + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
     # the finished turn has an empty thought where the prompt opens one: the text only grows
     "opened and closed": HEAD + TURN
         + "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
@@ -252,6 +255,14 @@ def test_an_answer_with_its_thought_is_trained_behind_the_opened_tag(made, name,
     (text,) = marked(tok, [sequence])
     prompt = tok._render([user("hi")], add_generation_prompt=True)
     assert text == f"{prompt}[[{expected}<|im_end|>]]"
+
+
+def test_behind_a_thought_that_the_prompt_also_closes_stands_the_answer_alone(made):
+    tok = made("prompt skips the thought")
+    first, second = marked(tok, tok.encode_answers(TWO))
+    assert first.endswith("assistant\n<think>\n\n</think>\n\n[[A pear.<|im_end|>]]")
+    assert "assistant\nA pear.<|im_end|>\n<|im_start|>user" in second
+    assert second.endswith("assistant\n<think>\n\n</think>\n\n[[A plum.<|im_end|>]]")
 
 
 @pytest.mark.parametrize("name, answer, words", [

@@ -115,8 +115,13 @@ FOLDERS = {
     "tool, rstrip": lambda f: save(f, tool={"rstrip": True}),
     "tool, lstrip": lambda f: save(f, tool={"lstrip": True, "normalized": False}),
     "tool, single_word": lambda f: save(f, tool={"single_word": True}),
-    "tool, normalized, NFKC": lambda f: save(f, bpe(normalizer=normalizers.NFKC()),
-                                             tool={"normalized": True}),
+    "tool, normalized, NFC": lambda f: save(f, bpe(normalizer=normalizers.NFC()),
+                                            tool={"normalized": True, "lstrip": True}),
+    "a normalized token around one that is not": lambda f: save(
+        f, flags={"tool": {"special": False, "rstrip": True}}, tool={"normalized": True}),
+    "a single word beside another token": lambda f: save(
+        f, flags={"hello1": {"special": False}, " word": {"special": False, "single_word": True},
+                  "word": {"special": False, "single_word": True}}),
     "tool that begins like a mark": lambda f: save(f, marks=(*MARKS, "<t"),
                                                    tool={"normalized": False}),
     "a mark that is a word": lambda f: save(f, marks=(*MARKS, "hello1"),
@@ -354,6 +359,19 @@ def test_decoding_is_the_text_again_around_added_tokens(tmp_path, model_bytes, l
     assert n not in tok.encode("spelt <|end|>") and "<|end|>" in tok.decode(tok.encode("<|end|>"))
 
 
+def test_a_bos_that_the_config_calls_null_is_none(tmp_path, model_bytes):
+    llama(tmp_path, model_bytes)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    beside(tmp_path, "tokenizer_config.json", config | {"bos_token": None})
+    assert Tokenizer(tmp_path).bos_id is None
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tokenizer_json_itself_says_where_a_first_space_is_put(tmp_path, legacy):
+    save(tmp_path, bpe(metaspace("always")), legacy=legacy)
+    assert differing(tmp_path) == []
+
+
 def test_a_piece_of_the_model_that_ends_a_turn_cannot_be_written_by_a_user(tmp_path, model_bytes):
     """The model finds its own user-defined pieces in any text, so the spelling is cut in two."""
     llama(tmp_path, model_bytes, chat_template=TEMPLATE.replace("<|end|>", "<ud>"),
@@ -402,6 +420,9 @@ REFUSED = {  # the folder, and what the sentence names
     "normalized, NFKC": (
         lambda f: save(f, bpe(normalizer=normalizers.NFKC()), flags={
             "<\ufb01n>": {"special": False, "normalized": True}}), ["normalized", "<fin>"]),
+    "normalized, NFKC, though it is spelt as before": (
+        lambda f: save(f, bpe(normalizer=normalizers.NFKC()), tool={"normalized": True}),
+        ["normalized", "<tool>"]),
     "another id": (lambda f: save(f, added_tokens_decoder={"3": told("<|user|>")}),
                    ["<|user|>", "id 3", str(N + 2)]),
     "an id with a gap": (lambda f: beside(save(f), "added_tokens.json", {"<tool>": N + 50}),
