@@ -230,8 +230,8 @@ class Tokenizer:
     def _look_at_a_turn(self) -> Turn:
         """Renders a short conversation to see what the template writes around an answer.
 
-        The tokens that open its user's turn and end its assistant's turn become special, if they
-        are not, so that no user can write them.
+        The added tokens between an answer and the next question, which end a turn and open one,
+        become special if they are not, so that no user can write them.
         """
         user = {"role": "user", "content": QUESTION}
         answer = {"role": "assistant", "content": ANSWER}
@@ -242,16 +242,14 @@ class Tokenizer:
         except UserError:  # some templates insist on a system turn
             context = [system, user]
             prompt = self._render(context, add_generation_prompt=True)
-        try:
-            finished = self._render([*context, answer])
-        except UserError:  # a template for prompts alone
-            finished = ""
-        if finished.count(ANSWER) != 1 or finished.count(QUESTION) != 1:
-            return Turn(opened="", tail="", n_end=0, end_id=None)  # special tokens end its turns
+        finished = self._render_or_nothing([*context, answer])
+        if finished.count(ANSWER) != 1:  # a template for prompts alone
+            return Turn(opened="", tail="", n_end=0, end_id=None)
         before, _, tail = finished.partition(ANSWER)
         opened = prompt[len(os.path.commonprefix([prompt, before])):]  # noqa: RUF071, no paths
-        self._find_specials(self._marks_in(before.partition(QUESTION)[0]))
-        self._find_specials(self._marks_in(tail)[:1])
+        longer = self._render_or_nothing([*context, answer, user])
+        between = longer.partition(ANSWER)[2].partition(QUESTION)[0]
+        self._find_specials(self._marks_in(between or tail))
         end = self._first_special(tail)
         if end is None:
             return Turn(opened, tail, n_end=len(tail.rstrip()), end_id=None)
@@ -270,11 +268,9 @@ class Tokenizer:
         self.special_re = any_of(self.specials)
 
     def _marks_in(self, text: str) -> list[str]:
-        """The added tokens of a text, except white space; the special ones where there are any."""
-        found = {i: token.content for i, token in self.backend.added.items()}
-        marks = [found[i] for _, _, i in self.added.find(text) if found[i].strip()]
-        specials = [mark for mark in marks if mark in self.specials]
-        return specials or marks
+        """The added tokens of a text, except those of white space."""
+        found = [self.backend.added[i].content for _, _, i in self.added.find(text)]
+        return [content for content in found if content.strip()]
 
     def _first_special(self, text: str) -> tuple[int, int, int] | None:
         """(start, end, id) of the first special token of a rendered text."""
@@ -337,6 +333,13 @@ class Tokenizer:
             raise UserError(f"the chat template of {self.dir} refuses this conversation "
                             f"({' '.join(str(e).split())}; found the roles {roles}); change its "
                             "roles or order.") from None
+
+    def _render_or_nothing(self, messages) -> str:
+        """The text of a conversation; "" where the template refuses it."""
+        try:
+            return self._render(messages)
+        except UserError:
+            return ""
 
     # what the folder says
 

@@ -120,9 +120,13 @@ def special_token(told: str | dict) -> AddedToken:
     """A special token that is written as its text alone, or as an object with its flags."""
     if isinstance(told, str):
         return AddedToken(told, special=True)
+    if not isinstance(told, dict) or not isinstance(told.get("content"), str):
+        raise UserError("tokenizer_config.json or special_tokens_map.json names the special token "
+                        f"{json.dumps(told)}, expected a text or an object with its content; fetch "
+                        "it again.")
     flags = ("lstrip", "rstrip", "single_word", "normalized")
     given = {flag: told[flag] for flag in flags if flag in told}
-    return AddedToken(told.get("content", ""), special=True, **given)
+    return AddedToken(told["content"], special=True, **given)
 
 
 # added tokens in a text
@@ -194,6 +198,7 @@ def touches_a_word(text: str, start: int, end: int) -> bool:
 
 class JsonBackend:
     """tokenizer.json, through `tokenizers`."""
+
     def __init__(self, dir: Path, config: dict):
         self.path = dir / "tokenizer.json"
         self.default_names = {}  # the file itself calls no token bos_token or eos_token

@@ -62,6 +62,8 @@ TEMPLATES = {
                          "{% if add_generation_prompt %}Now you:{% endif %}",
     "prompts alone": HEAD + "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}"
                      "{% endif %}" + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}" + OPEN,
+    "one question": "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}"
+                    + PLAIN,
     "system first": "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}"
                     "{% endif %}" + PLAIN,
 }
@@ -105,7 +107,7 @@ def test_every_template_speaks_with_transformers_ids(made, tmp_path, name):
     tok = made(name, eos_token="<|im_end|>")
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
     chats = [TWO[:1], TWO[:3], [user(" <think>x</think> \n")]]
-    if name == "prompts alone":
+    if name in ("prompts alone", "one question"):
         chats = [chats[0], chats[2]]
     for chat in chats:
         if name == "system first":
@@ -303,6 +305,29 @@ def test_users_can_write_neither_the_start_nor_the_end_of_a_turn_though_they_are
     assert [i for i in prompt if i in marks] == [i for i in plain if i in marks]
     assert forged in spelt(tok, prompt)
     assert tok.backend.tok.token_to_id("<think>") in prompt  # a piece of text like others
+
+
+def test_a_mark_that_is_not_special_is_found_beside_one_that_is(made):
+    """As in Gemma 1: <bos> is special, the marks of a turn are not; a thought's tags stay text."""
+    tok = made("{{ bos_token }}{% if true %}Think in <think>.\n{% endif %}" + PLAIN,
+               specials=("<s>",), plain=("<|im_start|>", "<|im_end|>", "<think>", "\n\n"),
+               bos_token="<s>")
+    assert set(tok.specials) == {"<s>", "<|im_start|>", "<|im_end|>"}
+    (text,) = marked(tok, tok.encode_answers([user("hi"), assistant("<think>\n\nA pear.<s>")]))
+    assert text.endswith("assistant\n[[<think>\n\nA pear.<s><|im_end|>]]\n")
+
+
+def test_the_end_of_a_turn_is_found_though_a_template_takes_one_question_alone(made):
+    tok = made("one question", specials=("<pad>",), plain=("<|im_start|>", "<|im_end|>"))
+    (text,) = marked(tok, tok.encode_answers(TWO[:2]))
+    assert text.endswith("assistant\n[[A pear.<|im_end|>]]\n")
+    assert tok.stop_ids == [tok.specials["<|im_end|>"]]
+
+
+def test_white_space_that_is_an_added_token_ends_no_turn(made):
+    tok = made("ends in a newline", plain=("\n",), eos_token="<|im_end|>")
+    assert tok.stop_ids == [1]
+    check_refused(lambda: tok.encode_answers(TWO), "no special token")
 
 
 def test_a_turn_that_ends_in_plain_text_is_supervised_up_to_and_with_that_text(made):
