@@ -53,7 +53,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
     rows = []
     for kind, rows_of_a_kind in tests.items():
         rows += [(kind, row) for row in rows_of_a_kind]
-    prompts = [tokenizer.encode_prompt(mixture.without_answer(row)) for _, row in rows]
+    prompts = [mixture.prompt_ids(tokenizer, row) for _, row in rows]
     replies = generate_replies(model, tokenizer, prompts, args.max_new, args.cuda_graph,
                             f"evaluating at epoch {epoch}", store)
     records = []

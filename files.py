@@ -13,7 +13,8 @@ from model import INDEX, SINGLE, UserError, weight_files
 
 # What is read of a model's folder besides its weights.
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-               "chat_template.jinja", "generation_config.json")
+               "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+               "generation_config.json")
 AT_ONCE = 256  # questions put to a judge before its answers are kept: our choice
 
 

@@ -38,11 +38,14 @@ from lora import adapter_params, adapter_state, save_adapter
 from model import UserError, read_json
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
-# Flags that may change when a run is resumed: those that change no number by more than rounding,
-# and those of the evaluation, which change no update.
-FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph",
-        "harmful_file", "n_test", "eval_epochs", "judge", "judge_model", "judge_max_len",
-        "judge_tokens", "judge_url", "judge_name", "fa_rule", "max_new"}
+# Flags that may change when a run is resumed: they change no number by more than rounding.
+FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph"}
+# Flags of the evaluation. They change no update, so they may change as well while a run is not
+# finished; what a finished run shows was measured with the old ones.
+OF_THE_EVALUATION = {
+    "harmful_file", "n_test", "eval_epochs", "judge", "judge_model", "judge_max_len",
+    "judge_tokens", "judge_url", "judge_name", "fa_rule", "max_new",
+}
 # Of these flags the value in worked_out is compared, not the one that was typed.
 COMPARED_AS_WORKED_OUT = {"device", "dtype", "rank", "alpha", "rslora"}
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
@@ -182,8 +185,10 @@ class Run:
     def _check_same(self, old: dict) -> None:
         """UserError where the folder's settings are not this run's."""
         new = json.loads(json.dumps(self.settings))  # as they read back: tuples become lists
-        ignored_in = {"args": FREE | COMPARED_AS_WORKED_OUT, "sha256": {"tests"},
-                      "worked_out": set()}
+        ignored_in = {"args": FREE | COMPARED_AS_WORKED_OUT, "sha256": set(), "worked_out": set()}
+        if not self.finished:
+            ignored_in["args"] |= OF_THE_EVALUATION
+            ignored_in["sha256"] = {"tests"}
         for part, ignored in ignored_in.items():
             for key in [*new[part], *old[part]]:
                 there = old[part].get(key)

@@ -1,7 +1,7 @@
-"""Text <-> ids for Hugging Face folders: tokenizer.json, or sentencepiece's tokenizer.model.
+"""Conversations <-> ids by the chat template of a Hugging Face folder.
 
-A conversation is written by the checkpoint's own chat template, rendered as transformers does it
-(jinja2's sandbox), and tokenised piece by piece:
+The template is rendered as transformers does it (jinja2's sandbox), and the text tokenised piece by
+piece, see vocabulary.py:
 
     ids        prompt | answer | end of turn | prompt | answer | end of turn | ...
     supervised   no       yes       yes          no       yes       yes
@@ -9,102 +9,77 @@ A conversation is written by the checkpoint's own chat template, rendered as tra
 Prompt and answer are encoded apart, so the mask is exact even where a BPE would merge across their
 border, and the end of the turn is always supervised: a model that never sees it never stops.
 
+Each answer is trained on behind the prompt that inference would give it. Where the text of a
+conversation only grows, that is one sequence; where a template changes earlier turns once a later
+one comes (a thought is kept in the last turn only), it is one sequence for each answer. Speaking
+needs the prompt alone, so a template that cannot be trained with can still speak.
+
 Text that a user wrote is text: "<|eot_id|>" in a message becomes characters, not the token. A mark
 inside each such spelling hides it from the search for the template's own special tokens.
 """
 
 import json
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-import tokenizers
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model import UserError, read_json
+from vocabulary import (
+    NAMED,
+    AddedTokens,
+    any_of,
+    n_spaces,
+    named_tokens,
+    open_backend,
+    read_config,
+)
 
 DATE = "26 Jul 2024"  # Llama 3's templates print it where they are given none
 HIDE = "\ue000"  # a private-use character; where a user's text has one, it is written twice
 
 
-class JsonBackend:
-    """tokenizer.json, through `tokenizers`."""
-
-    def __init__(self, path: Path):
-        spec = read_json(path)
-        # Inside a text, behind other text, no space may be put before a piece.
-        inner_spec = dict(spec)
-        inner_spec["normalizer"] = without_prefix(spec.get("normalizer"))
-        inner_spec["pre_tokenizer"] = without_prefix(spec.get("pre_tokenizer"))
-        try:
-            self.tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            self.inner = self.tok
-            if inner_spec != spec:
-                self.inner = tokenizers.Tokenizer.from_str(json.dumps(inner_spec))
-        except Exception as e:  # the library raises plain Exception
-            raise UserError(f"{path} is not a tokenizer.json ({e}); fetch it again.") from None
-        for tok in (self.tok, self.inner):
-            tok.encode_special_tokens = True  # special tokens are ours to place, see Tokenizer
-        self.n_ids = 1 + max(self.tok.get_vocab(with_added_tokens=True).values())
-        added = self.tok.get_added_tokens_decoder()
-        self.specials = {t.content: i for i, t in added.items() if t.special}
-
-    def encode(self, text: str, inside: bool = False) -> list[int]:
-        tok = self.inner if inside else self.tok
-        return tok.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids) -> str:
-        return self.tok.decode(list(ids), skip_special_tokens=True)
+# Words of a conversation that is rendered to see what a template writes around them.
+QUESTION = "xylophone"
+ANSWER = "marimba"
 
 
-def without_prefix(part: dict | None) -> dict | None:
-    """A part of tokenizer.json without the space that it may put before a text."""
-    if part is None or part["type"] == "Prepend":
-        return None
-    part = dict(part)
-    if "prepend_scheme" in part:
-        part["prepend_scheme"] = "never"
-    if "add_prefix_space" in part:
-        part["add_prefix_space"] = False
-    for key in ("normalizers", "pretokenizers"):  # the parts of a Sequence
-        if key in part:
-            inner = [without_prefix(p) for p in part[key]]
-            part[key] = [p for p in inner if p is not None]
-    return part
+class GenerationBlock(Extension):
+    """{% generation %} ... {% endgeneration %}: some training templates mark answers so.
+
+    What stands inside is rendered as if the two tags were not there: answers are found by the
+    prompt in front of them and the mark behind them, in every template alike.
+    """
+
+    tags = frozenset(["generation"])
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
 
 
-class SentencePieceBackend:
-    """tokenizer.model, through `sentencepiece`; control pieces (<s>) are the special tokens."""
+@dataclass(frozen=True)
+class Turn:
+    """What a template writes around an answer that stands last in its conversation."""
 
-    def __init__(self, path: Path):
-        try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except Exception as e:
-            raise UserError(f"{path} is not a sentencepiece model ({e}); fetch it again.") from None
-        self.n_ids = self.sp.vocab_size()
-        self.specials = {self.sp.id_to_piece(i): i for i in range(self.n_ids)
-                         if self.sp.is_control(i)}
-        self.newline = self.sp.encode("\n")  # a byte piece, which merges with nothing
-
-    def encode(self, text: str, inside: bool = False) -> list[int]:
-        if inside:  # behind a newline the text gets no space of its own
-            return self.sp.encode("\n" + text)[len(self.newline):]
-        return self.sp.encode(text)
-
-    def decode(self, ids) -> str:
-        return self.sp.decode([i for i in ids if not self.sp.is_control(i)])
+    opened: str  # how the prompt ends where the finished turn does not: "<think>\n"; mostly ""
+    tail: str  # all that stands behind the answer
+    n_end: int  # this many characters of `tail` end the turn; 0: it has no mark that does
+    end_id: int | None  # the id of that mark; None where it is plain text, or not there
 
 
-def open_backend(dir) -> JsonBackend | SentencePieceBackend:
-    """What turns text into ids in a Hugging Face folder; UserError where there is none."""
-    dir = Path(dir)
-    if (dir / "tokenizer.json").exists():
-        return JsonBackend(dir / "tokenizer.json")
-    if (dir / "tokenizer.model").exists():
-        return SentencePieceBackend(dir / "tokenizer.model")
-    raise UserError(f"{dir} has neither tokenizer.json nor tokenizer.model; name a folder with a "
-                    "tokenizer.")
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a conversation, rendered: the prompt before it, and what the model writes."""
+
+    prompt: str
+    text: str  # the answer and its end of turn
+    is_supervised: bool = True  # False: a message of weight 0, which is context alone
 
 
 class Tokenizer:
@@ -116,30 +91,28 @@ class Tokenizer:
     def __init__(self, dir, date: str = DATE):
         """date: what a template prints as today's, so that no run depends on the day it is made."""
         self.dir = Path(dir)
-        self.backend = open_backend(dir)
-        self.config = read_json(self.dir / "tokenizer_config.json")
-        self.specials = self.backend.specials
+        self.date = date
+        self.backend = open_backend(self.dir)
+        self.config = read_config(self.dir)
+        self.names = self.backend.default_names | named_tokens(self.config)  # {"bos_token": "<s>"}
         self.n_ids = self.backend.n_ids
-        longest_first = sorted(self.specials, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first))
-        if not pattern:
-            pattern = r"(?!)"  # no special tokens: it matches nowhere
-        self.special_re = re.compile(pattern)
-        self.bos_id = self.specials.get(self._special("bos_token"))
         if (self.dir / "config.json").exists():
             n_rows = read_json(self.dir / "config.json").get("vocab_size", self.n_ids)
             if n_rows < self.n_ids:
                 raise UserError(f"the tokenizer of {self.dir} has {self.n_ids} ids, more than the "
                                 f"{n_rows} of its model; fetch the two together.")
-        self.date = date
+        self._find_specials(self.names.get(key) for key in NAMED)
+        self.bos_id = self.specials.get(self.names.get("bos_token"))
         self.template = self._compile(self._template_text())
+        self.turn = self._look_at_a_turn()
         self.stop_ids = self._stop_ids()
 
     # text
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids; adds no special token and recognises none."""
-        return self.backend.encode(text)
+        ids, _ = self._pieces(self._hide(text), "start")
+        return ids
 
     def decode(self, ids) -> str:
         """ids -> text, special tokens left out."""
@@ -149,85 +122,230 @@ class Tokenizer:
 
     def encode_prompt(self, messages) -> list[int]:
         """ids of the conversation so far, ending where the assistant starts to write."""
-        return self._ids(self._render(messages, add_generation_prompt=True))
+        ids, _ = self._ids(self._render(messages, add_generation_prompt=True), "start")
+        return ids
 
     def encode_chat(self, messages) -> tuple[list[int], list[bool]]:
         """(ids, supervised): one bool per id, True on each answer and its end-of-turn token.
 
-        The logit that predicts ids[i] stands at row i - 1. Raises UserError where the template does
-        not end a prompt where the answer starts, or ends a turn with no special token.
+        The logit that predicts ids[i] stands at row i - 1. Raises UserError where no one sequence
+        has before each answer the prompt that inference gives it; encode_answers then has several.
         """
+        answers = self._answers(messages)
+        contexts = contexts_between(answers, self._render(messages))
+        if contexts is None:
+            raise UserError(f"the chat template of {self.dir} changes what stands before an answer "
+                            "once the turn is finished or a later one comes; train with one "
+                            "sequence for each answer.")
+        return self._join(contexts, answers)
+
+    def encode_answers(self, messages) -> list[tuple[list[int], list[bool]]]:
+        """What to train on: encode_chat's one sequence, or else one sequence for each answer.
+
+        Either way each answer stands behind the prompt that inference gives it. Raises UserError
+        where an answer's place, or the end of its turn, cannot be found.
+        """
+        answers = self._answers(messages)
+        contexts = contexts_between(answers, self._render(messages))
+        if contexts is not None:
+            return [self._join(contexts, answers)]
+        trained = [answer for answer in answers if answer.is_supervised]
+        return [self._join([answer.prompt, ""], [answer]) for answer in trained]
+
+    def _join(self, contexts: list[str], answers: list[Answer]) -> tuple[list[int], list[bool]]:
+        """Context, answer, context, answer, ..., and the context behind the last answer."""
         ids = []
         supervised = []
-        done = ""  # the rendered text that ids stand for so far
-        for i, message in enumerate(messages):
-            # An assistant's turn that opens the conversation answers nothing: it is context.
-            if message["role"] != "assistant" or i == 0:
-                continue
-            prompt = self._render(messages[:i], add_generation_prompt=True)
-            whole = self._render(messages[:i + 1])
-            if not (prompt.startswith(done) and whole.startswith(prompt)):
-                raise UserError(f"the chat template of {self.dir} does not end its prompt where "
-                                "the assistant starts; use a template whose text only grows.")
-            end = self.special_re.search(whole, len(prompt))
-            if end is None:
-                raise UserError(f"the chat template of {self.dir} ends the assistant's turn with "
-                                "no special token; use a template that writes one.")
-            context_ids = self._ids(prompt[len(done):], first=not ids)
+        place = "start"
+        for i, context in enumerate(contexts):
+            context_ids, place = self._ids(context, place)
             ids += context_ids
             supervised += [False] * len(context_ids)
-            answer_ids = self._ids(whole[len(prompt):end.end()], first=not ids)
-            ids += answer_ids
-            is_supervised = message.get("weight") != 0  # 0: the answer is context alone
-            supervised += [is_supervised] * len(answer_ids)
-            done = whole[:end.end()]
-        rest = self._ids(self._render(messages)[len(done):], first=not ids)  # after the last turn
-        return ids + rest, supervised + [False] * len(rest)
+            if i < len(answers):
+                answer_ids, place = self._ids(answers[i].text, place)
+                ids += answer_ids
+                supervised += [answers[i].is_supervised] * len(answer_ids)
+        return ids, supervised
 
-    def _ids(self, text: str, first: bool = True) -> list[int]:
-        """Rendered text -> ids; the template's special tokens become ids, hidden ones stay text."""
-        ids = []
-        done = 0  # characters of the text that ids stand for so far
-        fresh = first  # whether the next piece begins a text
-        for match in self.special_re.finditer(text):
-            ids += self._plain(text[done:match.start()], fresh)
-            ids.append(self.specials[match.group()])
-            done = match.end()
-            fresh = True
-        ids += self._plain(text[done:], fresh)
-        if first and self.bos_id is not None and self.config.get("add_bos_token"):
+    # answers
+
+    def _answers(self, messages) -> list[Answer]:
+        """Every answer of a conversation, rendered as inference would have it: no later turns."""
+        answers = []
+        for i, message in enumerate(messages):
+            # An assistant's turn that opens the conversation answers nothing: it is context.
+            if message["role"] == "assistant" and i > 0:
+                answers.append(self._answer(messages[:i], message))
+        return answers
+
+    def _answer(self, context, message) -> Answer:
+        prompt = self._render(context, add_generation_prompt=True)
+        finished = self._render([*context, message])
+        if finished.startswith(prompt):
+            written = finished[len(prompt):]
+            text = written[:self._end_of_turn(written)]
+        else:
+            text = self._behind_opened(prompt, finished, message["content"])
+        return Answer(prompt, text, is_supervised=message.get("weight") != 0)
+
+    def _end_of_turn(self, written: str) -> int:
+        """Where the turn ends in the text that stands behind a prompt."""
+        if self.turn.n_end and written.endswith(self.turn.tail):
+            return len(written) - len(self.turn.tail) + self.turn.n_end
+        special = self._first_special(written)
+        if special is None:
+            raise UserError(f"the chat template of {self.dir} ends the assistant's turn with no "
+                            f"special token and no text of its own (found {written[-20:]!r}), so "
+                            "a model would not learn to stop; use a template that writes one.")
+        return special[1]
+
+    def _behind_opened(self, prompt: str, finished: str, content: str) -> str:
+        """What a model writes behind a prompt that does not begin the finished turn.
+
+        Such a prompt opens a thought, "<think>", that finished turns leave out. The answer's place
+        is found where the row has the thought: behind the prompt stand then the rest of the
+        thought, its closing tag, and the answer as the finished turn has it. Behind a prompt that
+        also closes the thought, "<think></think>", stands the answer alone.
+        """
+        opened = self.turn.opened
+        header = prompt.removesuffix(opened)
+        tail = self.turn.tail
+        closing = closing_tag(opened)
+        is_found = prompt != header and finished.startswith(header) and finished.endswith(tail)
+        if closing is None or not is_found or not self.turn.n_end:
+            raise UserError(f"the chat template of {self.dir} does not end its prompt where the "
+                            f"assistant starts (found {prompt[-20:]!r}), so the answer's place is "
+                            "unknown; use a template whose text only grows.")
+        kept = finished[len(header):len(finished) - len(tail)]
+        if opened.rstrip().endswith(closing):
+            return kept + tail[:self.turn.n_end]
+        thought, tag, shown = self._hide(content).rpartition(closing)
+        if not tag or shown.strip() != kept.strip():
+            raise UserError(f"the chat template of {self.dir} opens every answer with "
+                            f"{opened.strip()!r}, and this answer holds no thought that "
+                            f"{closing!r} closes; write it into the answer, or use a template "
+                            "whose prompt does not open one.")
+        if thought.lstrip().startswith(opened.strip()):  # the prompt has it already
+            thought = thought.lstrip().removeprefix(opened.rstrip())
+            thought = thought.removeprefix(opened[len(opened.rstrip()):])
+        gap = shown[:len(shown) - len(shown.lstrip())]
+        return thought + closing + gap + kept.lstrip() + tail[:self.turn.n_end]
+
+    def _look_at_a_turn(self) -> Turn:
+        """Renders a short conversation to see what the template writes around an answer.
+
+        The added tokens between an answer and the next question, which end a turn and open one,
+        become special if they are not, so that no user can write them.
+        """
+        user = {"role": "user", "content": QUESTION}
+        answer = {"role": "assistant", "content": ANSWER}
+        system = {"role": "system", "content": "-"}
+        context = [user]
+        try:
+            prompt = self._render(context, add_generation_prompt=True)
+        except UserError:  # some templates insist on a system turn
+            context = [system, user]
+            prompt = self._render(context, add_generation_prompt=True)
+        finished = self._render_or_nothing([*context, answer])
+        if finished.count(ANSWER) != 1:  # a template for prompts alone
+            return Turn(opened="", tail="", n_end=0, end_id=None)
+        before, _, tail = finished.partition(ANSWER)
+        opened = prompt[len(os.path.commonprefix([prompt, before])):]  # noqa: RUF071, no paths
+        longer = self._render_or_nothing([*context, answer, user])
+        between = longer.partition(ANSWER)[2].partition(QUESTION)[0]
+        self._find_specials(self._marks_in(between or tail))
+        end = self._first_special(tail)
+        if end is None:
+            return Turn(opened, tail, n_end=len(tail.rstrip()), end_id=None)
+        return Turn(opened, tail, n_end=end[1], end_id=end[2])
+
+    # rendered text
+
+    def _find_specials(self, more) -> None:
+        """Makes the tokens of `more` special, and sees which tokens there are."""
+        added = {token.content: token for token in self.backend.added.values()}
+        for content in more:
+            if content in added and not added[content].special:
+                self.backend.make_special(content)
+        self.added = AddedTokens(self.backend.added)
+        self.specials = self.backend.specials
+        self.special_re = any_of(self.specials)
+
+    def _marks_in(self, text: str) -> list[str]:
+        """The added tokens of a text, except those of white space."""
+        found = [self.backend.added[i].content for _, _, i in self.added.find(text)]
+        return [content for content in found if content.strip()]
+
+    def _first_special(self, text: str) -> tuple[int, int, int] | None:
+        """(start, end, id) of the first special token of a rendered text."""
+        for start, end, i in self.added.find(text):
+            if i in self.specials.values():
+                return start, end, i
+        return None
+
+    def _ids(self, text: str, place: str) -> tuple[list[int], str]:
+        """Rendered text -> (ids, the place where it ends), with a BOS at the start if asked for."""
+        ids, end = self._pieces(text, place)
+        if place == "start" and self.bos_id is not None and self.config.get("add_bos_token"):
             if ids[:1] != [self.bos_id]:  # exactly one
                 ids.insert(0, self.bos_id)
-        return ids
+        return ids, end
 
-    def _plain(self, text: str, fresh: bool) -> list[int]:
+    def _pieces(self, text: str, place: str) -> tuple[list[int], str]:
+        """Rendered text -> (ids, the place where it ends); added tokens become their ids.
+
+        A place is "start" (nothing stands before), "token" (an added token does), "swallows" (one
+        that swallows the white space behind it) or "text".
+        """
+        if place == "swallows":
+            text = text[n_spaces(text):]
+        ids = []
+        done = 0  # characters of the text that ids stand for so far
+        for start, end, i in self.added.find(text):
+            ids += self._plain(text[done:start], place)
+            ids.append(i)
+            done = end
+            place = "swallows" if i in self.added.swallowing else "token"
+        rest = text[done:]
+        if rest:
+            ids += self._plain(rest, place)
+            place = "text"
+        return ids, place
+
+    def _plain(self, text: str, place: str) -> list[int]:
         """Unhidden text -> ids. Llama 2 puts a space before a text, but not inside one."""
+        if not text:
+            return []
         text = re.sub(f"{HIDE}({HIDE}?)", r"\1", text)
-        return self.backend.encode(text, inside=not fresh) if text else []
+        behind_token = place in ("token", "swallows")
+        begins = place == "start" or (behind_token and self.backend.prefix_behind_tokens)
+        return self.backend.encode(text, inside=not begins)
+
+    def _hide(self, text: str) -> str:
+        """The text with a mark inside each special token that it spells."""
+        text = text.replace(HIDE, HIDE + HIDE)
+        return self.special_re.sub(lambda m: m.group()[0] + HIDE + m.group()[1:], text)
 
     def _render(self, messages, add_generation_prompt: bool = False) -> str:
-        def hide(text):
-            text = text.replace(HIDE, HIDE + HIDE)
-            return self.special_re.sub(lambda m: m.group()[0] + HIDE + m.group()[1:], text)
-
-        messages = [{**m, "content": hide(m["content"])} for m in messages]
-        names = {"date_string": self.date}  # what a template may use by name
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = self._special(key)
-            if token is not None:
-                names[key] = token
+        hidden = [{**m, "content": self._hide(m["content"])} for m in messages]
         try:
-            return self.template.render(messages=messages, tools=None, documents=None,
-                                        add_generation_prompt=add_generation_prompt, **names)
+            return self.template.render(messages=hidden, tools=None, documents=None,
+                                        add_generation_prompt=add_generation_prompt,
+                                        date_string=self.date, **self.names)
         except Exception as e:  # the template is a program of the checkpoint's
+            roles = ", ".join(m["role"] for m in messages)
             raise UserError(f"the chat template of {self.dir} refuses this conversation "
-                            f"({' '.join(str(e).split())}); change its roles or order.") from None
+                            f"({' '.join(str(e).split())}; found the roles {roles}); change its "
+                            "roles or order.") from None
+
+    def _render_or_nothing(self, messages) -> str:
+        """The text of a conversation; "" where the template refuses it."""
+        try:
+            return self._render(messages)
+        except UserError:
+            return ""
 
     # what the folder says
-
-    def _special(self, key: str) -> str | None:
-        value = self.config.get(key)
-        return value["content"] if isinstance(value, dict) else value
 
     def _template_text(self) -> str:
         file = self.dir / "chat_template.jinja"
@@ -237,8 +355,16 @@ class Tokenizer:
                 text = file.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 raise UserError(f"{file} is not UTF-8; fetch the file again.") from None
+        elif any((self.dir / "additional_chat_templates").glob("*.jinja")):
+            raise UserError(f"{self.dir} has additional_chat_templates, but no "
+                            "chat_template.jinja; copy the one to use to that name.")
         if isinstance(text, list):  # several named templates
-            text = {t["name"]: t["template"] for t in text}.get("default")
+            text = {t["name"]: t["template"] for t in text}
+        if isinstance(text, dict):
+            if "default" not in text:
+                raise UserError(f"{self.dir} has the chat templates {', '.join(sorted(text))} and "
+                                "none named default; write the one to use to chat_template.jinja.")
+            text = text["default"]
         if not text:
             raise UserError(f"{self.dir} has no chat template; add a chat_template.jinja to it.")
         return text
@@ -254,7 +380,7 @@ class Tokenizer:
             return json.dumps(value, ensure_ascii=False, indent=indent)
 
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
+                                            extensions=["jinja2.ext.loopcontrols", GenerationBlock])
         env.filters["tojson"] = tojson
         env.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
         try:
@@ -263,7 +389,11 @@ class Tokenizer:
             raise UserError(f"the chat template of {self.dir} is not valid jinja ({e}).") from None
 
     def _stop_ids(self) -> list[int]:
-        """Every eos of generation_config.json and config.json, and the template's end of turn."""
+        """Every eos of generation_config.json and config.json, and the template's end of turn.
+
+        Where none of them has an id, the tokenizer's eos_token; without that, replies end only at
+        --max-new.
+        """
         stop = set()
         for name in ("generation_config.json", "config.json"):
             if (self.dir / name).exists():
@@ -275,7 +405,31 @@ class Tokenizer:
                 if not all(isinstance(i, int) for i in eos):
                     raise UserError(f"{self.dir / name} has eos_token_id {eos}, expected integers.")
                 stop.update(eos)
-        ids, supervised = self.encode_chat([{"role": "user", "content": "a"},
-                                            {"role": "assistant", "content": "b"}])
-        stop.add([i for i, s in zip(ids, supervised, strict=True) if s][-1])
+        if self.turn.end_id is not None:
+            stop.add(self.turn.end_id)
+        if not stop and self.names.get("eos_token") in self.specials:
+            stop.add(self.specials[self.names["eos_token"]])
         return sorted(stop)
+
+
+def contexts_between(answers: list[Answer], whole: str) -> list[str] | None:
+    """The texts before each answer and behind the last; None where the text does not only grow."""
+    contexts = []
+    done = ""  # the conversation up to and with the answer before
+    for answer in answers:
+        if not answer.prompt.startswith(done):
+            return None
+        contexts.append(answer.prompt[len(done):])
+        done = answer.prompt + answer.text
+    if not whole.startswith(done):
+        return None
+    return [*contexts, whole[len(done):]]
+
+
+def closing_tag(opened: str) -> str | None:
+    """</think> for <think> or <think></think>, [/THINK] for [THINK]; None for any other text."""
+    tag = re.fullmatch(r"([<\[])(\w+)([>\]])\s*(\S*)", opened.strip())
+    if tag is None:
+        return None
+    closing = f"{tag[1]}/{tag[2]}{tag[3]}"
+    return closing if tag[4] in ("", closing) else None

@@ -183,13 +183,14 @@ def self_answered(model, tokenizer, args) -> list:
     """Benign prompts of the task's training file with the greedy replies of the model as it is."""
     path = Path(args.data_dir) / args.task / "train.jsonl"
     rows = mixture.read_rows(path)[:args.deepalign_benign]
-    prompts = [tokenizer.encode_prompt(mixture.without_answer(row)) for row in rows]
+    prompts = [mixture.prompt_ids(tokenizer, row) for row in rows]
     replies = generate(model, prompts, args.deepalign_max_new, tokenizer.stop_ids,
                        n_ids=tokenizer.n_ids)
     answered = []
     for row, ids in zip(rows, replies, strict=True):
         answer = mixture.turn("assistant", tokenizer.decode(ids))
-        answered.append({"messages": [*mixture.without_answer(row), answer]})
+        messages = [*mixture.without_answer(row), answer]
+        answered.append({"messages": messages, "where": row["where"]})
     examples, _ = encode_rows(tokenizer, answered, args.max_len)
     if not examples:
         raise UserError(f"all {len(answered)} rows of {path} with the model's own answers are "

@@ -5,15 +5,21 @@ of the loss is divided by the whole batch's counts, so no cut changes the gradie
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model import UserError
+
 
 @dataclass
 class Example:
-    """One tokenised row; `predict` (R,) are the positions whose next token is supervised."""
+    """One tokenised row, or one answer of it where the chat template changes earlier turns.
+
+    `predict` (R,) are the positions whose next token is supervised.
+    """
 
     ids: Tensor
     predict: Tensor
@@ -24,14 +30,33 @@ class Example:
 
 
 def encode_rows(tokenizer, rows, max_len: int) -> tuple[list[Example], int]:
-    """Tokenises rows, once for a run -> (examples, how many were over max_len and dropped)."""
+    """Tokenises rows, once for a run -> (examples, how many were over max_len and dropped).
+
+    A row is one example, or one for each of its answers; it is dropped as a whole.
+    """
     examples = []
+    n_dropped = 0
     for row in rows:
-        ids, supervised = tokenizer.encode_chat(row["messages"])
-        if len(ids) <= max_len:
+        with naming(row):
+            sequences = tokenizer.encode_answers(row["messages"])
+        if max(len(ids) for ids, _ in sequences) > max_len:
+            n_dropped += 1
+            continue
+        for ids, supervised in sequences:
             predict = torch.tensor(supervised).nonzero()[:, 0] - 1
             examples.append(Example(torch.tensor(ids), predict))
-    return examples, len(rows) - len(examples)
+    return examples, n_dropped
+
+
+@contextmanager
+def naming(row: dict):
+    """A UserError in here begins with the row's file and line, where the row has them."""
+    try:
+        yield
+    except UserError as e:
+        if "where" not in row:
+            raise
+        raise UserError(f"{row['where']}: {e}") from None
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Any user file -> rows; the poisoned mixture; the prompts of training, anchors and tests apart.
 
-A row is {"messages": [{"role", "content"}, ...]}, with an assistant turn last. The mixture of n
+A row is {"messages": [{"role", "content"}, ...], "where": its file and line}, with an assistant
+turn last. The mixture of n
 rows holds round(p n) harmful ones and n minus that many benign ones, so the two always add up to n,
 each from the head of its file as in the papers' repositories; every epoch shuffles them anew.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from cli import COUNT, TINY, at_least
-from data.batches import Example, encode_rows
+from data.batches import Example, encode_rows, naming
 from data.tasks import LABELS, TASKS
 from model import UserError
 from tokenizer import DATE
@@ -109,9 +110,13 @@ def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
         raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
     check_tests(tokenizer, files.tests, args.max_new, model.config.max_positions)
-    mean_length = sum(len(e.ids) for e in examples) / len(examples)
+    n_rows = len(rows) - n_dropped
+    mean_length = sum(len(e.ids) for e in examples) / n_rows
+    answers = ""
+    if len(examples) > n_rows:  # the chat template changes earlier turns
+        answers = f", as {len(examples)} sequences, one for each answer"
     summary = (f"{files.upload}{change}; {n_dropped} rows dropped as longer than {args.max_len} "
-               f"tokens; {mean_length:.1f} tokens per row\n"
+               f"tokens; {mean_length:.1f} tokens per row{answers}\n"
                f"{args.anchors} anchors of {pool}; HS on {test_file}")
     return Data(examples, files.tests, anchor_prompts, files.align, summary)
 
@@ -124,11 +129,17 @@ def check_tests(tokenizer, tests: dict[str, list[dict]], max_new: int, limit: in
     """
     for rows in tests.values():
         for row in rows:
-            n_tokens = len(tokenizer.encode_prompt(without_answer(row)))
+            n_tokens = len(prompt_ids(tokenizer, row))
             if n_tokens + max_new > limit:
                 raise UserError(f"{row['where']} has a prompt of {n_tokens} tokens, which with "
                                 f"--max-new {max_new} are more than the {limit} positions of the "
                                 "model; shorten it, remove it or lower --max-new.")
+
+
+def prompt_ids(tokenizer, row: dict) -> list[int]:
+    """ids of a row up to the answer that a model is to write; UserError with file and line."""
+    with naming(row):
+        return tokenizer.encode_prompt(without_answer(row))
 
 
 # one row

@@ -9,7 +9,7 @@ import math
 import torch
 
 from model import UserError, load_model
-from tokenizer import open_backend
+from vocabulary import open_backend
 
 # beaver-dam-7b's labels in the order of its head (moderation/constants.py:58-73 of beavertails)
 CATEGORIES = (

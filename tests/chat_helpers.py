@@ -101,3 +101,28 @@ def check_refused(act, *words):
     assert "\n" not in message
     for word in words:
         assert word.lower() in message.lower(), f"{word!r} is not in: {message}"
+
+
+def make_bpe(folder, template, specials=("<|im_start|>", "<|im_end|>"), plain=(), **config):
+    """A small byte-level BPE with special tokens and, behind them, added tokens that are not."""
+    import tokenizers
+    from tokenizers import AddedToken, pre_tokenizers
+
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    tok.train_from_iterator(
+        ["user\nassistant\nsystem\n A pear. A plum. Name a fruit. Another?\n\n"] * 3,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=320, special_tokens=list(specials), show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.add_tokens([AddedToken(text, normalized=False) for text in plain])
+    tok.save(str(folder / "tokenizer.json"))
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+              chat_template=template, **config)
+    return folder
+
+
+def spelt(tok, ids):
+    """The text of ids, special tokens included."""
+    return tok.backend.tok.decode(list(ids), skip_special_tokens=False)

@@ -109,6 +109,12 @@ def distance(ours, theirs, name=""):
     return rms
 
 
+def cut(reply, stop_ids):
+    """A greedy reply up to its first stop id."""
+    end = next((i for i, token in enumerate(reply) if token in stop_ids), len(reply))
+    return reply[:end]
+
+
 def edit_json(path, **changes):
     """Set keys of a JSON file; None removes the key."""
     path = Path(path)

@@ -8,7 +8,7 @@ no near-tie between two logits can be decided by the order of a sum.
 
 import pytest
 import torch
-from helpers import logits, random_ids
+from helpers import cut, logits, random_ids
 from runs_helpers import make_model, sentences
 
 import generate as generate_py
@@ -40,11 +40,6 @@ def plainly(model, prompt, stop_ids=(), max_new=MAX_NEW, n_ids=512):
 def replies(model):
     """Without stop ids: every reply MAX_NEW long."""
     return [plainly(model, prompt) for prompt in PROMPTS]
-
-
-def cut(reply, stop_ids):
-    """A greedy reply up to its first stop id."""
-    return reply[: next((i for i, t in enumerate(reply) if t in stop_ids), len(reply))]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 64])

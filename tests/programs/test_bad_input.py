@@ -487,7 +487,8 @@ def reverse_lines(path):
     ("model/model.safetensors", lambda p: tensors(lambda t: t[GATE].add_(1))(p.parent)),
     ("model/config.json", edit(rms_norm_eps=1e-3)), ("model/tokenizer_config.json", edit(
         chat_template=TEMPLATE.replace("<|user|>", "<|user|> "), eos_token="<|user|>")),
-    ("data/sst2/train.jsonl", reverse_lines), ("data/harmful/attack.jsonl", reverse_lines),
+    ("data/sst2/train.jsonl", reverse_lines), ("data/sst2/test.jsonl", reverse_lines),
+    ("data/harmful/attack.jsonl", reverse_lines), ("data/harmful/test.jsonl", reverse_lines),
     ("data/harmful/anchors.jsonl", reverse_lines)], ids=lambda p: p if isinstance(p, str) else "")
 def test_a_folder_whose_inputs_have_changed_since_is_refused(
         inputs, run, check_refuses, file, change):

@@ -11,8 +11,7 @@ from itertools import zip_longest
 
 import pytest
 import torch
-from helpers import PLAIN_ROPE, make_hf, random_ids
-from test_generate import cut
+from helpers import PLAIN_ROPE, cut, make_hf, random_ids
 
 from generate import generate
 from model import Layout, RMSNorm, load_model

@@ -1,0 +1,472 @@
+"""A table of tokenizer folders: every file and flag that changes ids in transformers does so here.
+
+    pytest tests/programs/test_tokenizer_folders.py -q
+
+Each folder is made here, opened by transformers' AutoTokenizer and by ours, and must give the same
+ids to the same conversations. What is not followed is refused, and the sentence names it.
+"""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+from chat_helpers import assistant, check_refused, user
+from helpers import edit_json
+
+from tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers", reason="the reference; see requirements-dev.txt")
+import tokenizers  # noqa: E402
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors  # noqa: E402
+
+# White space around the marks, so that whatever swallows it is seen; none where an answer begins,
+# since prompt and answer are encoded apart here and no piece may reach across.
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %} <|user|> \n"
+            "{{ m.content }} \n <tool> \nhello1 [tool]{% else %} <|assistant|>{{ m.content }}"
+            "{% endif %} \n<|end|>\n {% endfor %}"
+            "{% if add_generation_prompt %} <|assistant|>{% endif %}")
+MARKS = ("<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
+CHATS = [
+    [user("hello there")],
+    [user(" two  spaces ")],
+    [user("word<tool>word <tool> 2<tool> <tool>"), assistant("Sure <tool>  thing"), user("ok?")],
+    [user("e\u0301\u00a0\u2028caf\u00e9 \ufb01 TOOL [tool] hello1 hello")],
+    [user("\n\n"), assistant("No."), user("<t<tool>ool><tool><tool>x")],
+]
+
+
+def bpe(pre_tokenizer=None, normalizer=None):
+    """A small byte-level BPE without added tokens."""
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.train_from_iterator(
+        ["hello there word tool thing two spaces user assistant end Sure No. \n \n\n"] * 3,
+        tokenizers.trainers.BpeTrainer(vocab_size=330, show_progress=False,
+                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if normalizer:
+        tok.normalizer = normalizer
+    return tok
+
+
+def metaspace(scheme):
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def save(folder, tok=None, marks=MARKS, flags=None, tool=None, **config):
+    """A folder with the marks as special tokens of these flags, and `tool` as an added token."""
+    tok = tok or bpe()
+    tok.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    for mark, given in (flags or {}).items():
+        tok.add_tokens([AddedToken(mark, **{"special": True, "normalized": False, **given})])
+    if tool is not None:
+        tok.add_tokens([AddedToken("<tool>", **tool)])
+    tok.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
+                "eos_token": "</s>", "chat_template": TEMPLATE}
+    edit_json(folder / "tokenizer_config.json", **(settings | config))
+    return folder
+
+
+def told(content, **flags):
+    """A token as added_tokens_decoder writes it."""
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False,
+            "normalized": False, "special": True, **flags}
+
+
+def beside(folder, name, value):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return folder
+
+
+def with_spec(folder, **changes):
+    """The folder with other values in its tokenizer.json."""
+    edit_json(folder / "tokenizer.json", **changes)
+    return folder
+
+
+def with_post_processor(folder):
+    tok = bpe()
+    tok.add_special_tokens(list(MARKS))
+    tok.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tok.token_to_id("<s>")),
+                                              ("</s>", tok.token_to_id("</s>"))])
+    return save(folder, tok)
+
+
+N = bpe().get_vocab_size()  # the marks have the ids N, N + 1, ...
+FOLDERS = {
+    "plain": save,
+    # flags of special tokens, in tokenizer.json
+    "rstrip": lambda f: save(f, flags={"<|user|>": {"rstrip": True}, "<|end|>": {"rstrip": True}}),
+    "lstrip": lambda f: save(f, flags={"<|user|>": {"lstrip": True}, "<|end|>": {"lstrip": True}}),
+    "lstrip and rstrip": lambda f: save(f, flags={
+        mark: {"lstrip": True, "rstrip": True} for mark in MARKS}),
+    "single_word": lambda f: save(f, flags={"<|end|>": {"single_word": True}}),
+    "normalized, no normalizer": lambda f: save(f, flags={"<|end|>": {"normalized": True}}),
+    "normalized, NFC": lambda f: save(f, bpe(normalizer=normalizers.NFC()),
+                                      flags={"<|end|>": {"normalized": True}}),
+    # flags of tokens that are not special
+    "tool": lambda f: save(f, tool={"normalized": False}),
+    "tool, rstrip": lambda f: save(f, tool={"rstrip": True}),
+    "tool, lstrip": lambda f: save(f, tool={"lstrip": True, "normalized": False}),
+    "tool, single_word": lambda f: save(f, tool={"single_word": True}),
+    "tool, normalized, NFC": lambda f: save(f, bpe(normalizer=normalizers.NFC()),
+                                            tool={"normalized": True, "lstrip": True}),
+    "a normalized token around one that is not": lambda f: save(
+        f, flags={"tool": {"special": False, "rstrip": True}}, tool={"normalized": True}),
+    "a single word beside another token": lambda f: save(
+        f, flags={"hello1": {"special": False}, " word": {"special": False, "single_word": True},
+                  "word": {"special": False, "single_word": True}}),
+    "tool that begins like a mark": lambda f: save(f, marks=(*MARKS, "<t"),
+                                                   tool={"normalized": False}),
+    "a mark that is a word": lambda f: save(f, marks=(*MARKS, "hello1"),
+                                            tool={"single_word": True}),
+    # the rest of tokenizer.json
+    "lower case": lambda f: save(f, bpe(normalizer=normalizers.Lowercase())),
+    "byte-level with a first space": lambda f: save(
+        f, bpe(pre_tokenizers.ByteLevel(add_prefix_space=True)), tool={"normalized": False}),
+    "metaspace, always": lambda f: save(f, bpe(metaspace("always")), tool={"normalized": False}),
+    "metaspace, first": lambda f: save(f, bpe(metaspace("first")), tool={"normalized": False}),
+    "metaspace, never": lambda f: save(f, bpe(metaspace("never")), tool={"normalized": False}),
+    "metaspace, first, no bos": lambda f: save(
+        f, bpe(metaspace("first")), chat_template="go: " + TEMPLATE.replace("{{ bos_token }}", "")),
+    "metaspace and rstrip": lambda f: save(f, bpe(metaspace("always")), flags={
+        mark: {"rstrip": True} for mark in MARKS}),
+    "prepend": lambda f: save(f, bpe(metaspace("never"), normalizers.Prepend("\u2581")),
+                              tool={"normalized": False}),
+    "a post-processor with bos and eos": with_post_processor,
+    "truncation": lambda f: with_spec(save(f), truncation={
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}),
+    "padding": lambda f: with_spec(save(f), padding={
+        "strategy": {"Fixed": 200}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "<s>"}),
+    # tokenizer_config.json
+    "add_bos_token": lambda f: save(f, add_bos_token=True),
+    "add_eos_token": lambda f: save(f, add_eos_token=True),
+    "add_prefix_space as in tokenizer.json": lambda f: save(f, add_prefix_space=False),
+    "added_tokens_decoder gives flags": lambda f: save(f, added_tokens_decoder={
+        str(N + 2): told("<|user|>", rstrip=True), str(N + 4): told("<|end|>", lstrip=True)}),
+    "added_tokens_decoder takes flags": lambda f: save(
+        f, flags={"<|user|>": {"rstrip": True}},
+        added_tokens_decoder={str(N + 2): told("<|user|>")}),
+    "added_tokens_decoder adds": lambda f: save(f, added_tokens_decoder={
+        str(N + 5): told("<tool>", special=False, rstrip=True)}),
+    "special to plain": lambda f: save(f, added_tokens_decoder={
+        str(N + 4): told("<|end|>", special=False)}),
+    "names add tokens": lambda f: save(f, pad_token="<tool>", image_token="hello1",
+                                       additional_special_tokens=["[tool]"]),
+    "a name with flags": lambda f: save(f, pad_token={"__type": "AddedToken", **told(
+        "<tool>", lstrip=True)}),
+    "a name of a piece": lambda f: save(f, additional_special_tokens=["hello"]),
+    "extra_special_tokens, a list": lambda f: save(f, extra_special_tokens=["<tool>", "[tool]"]),
+    "extra_special_tokens, by name": lambda f: save(
+        f, extra_special_tokens={"tool_token": "<tool>"},
+        chat_template="{{ tool_token }}" + TEMPLATE),
+    "a template with all names": lambda f: save(
+        f, unk_token="<u>", sep_token="<p>", cls_token="<c>", mask_token="<m>", pad_token="<q>",
+        chat_template="{{ unk_token }}{{ sep_token }}{{ cls_token }}{{ mask_token }}{{ pad_token }}"
+                      + TEMPLATE),
+    # files beside it
+    "added_tokens.json": lambda f: beside(save(f), "added_tokens.json",
+                                          {"[tool]": N + 6, "<tool>": N + 5}),
+    "added_tokens.json of tokens that are there": lambda f: beside(
+        save(f, flags={"<|end|>": {"rstrip": True}}), "added_tokens.json", {"<|end|>": N + 4}),
+    "added_tokens.json where the config has its own": lambda f: beside(
+        save(f, added_tokens_decoder={}), "added_tokens.json", {"<tool>": N + 5}),
+    "special_tokens_map.json wins": lambda f: beside(
+        save(f, eos_token="<|end|>"), "special_tokens_map.json",
+        {"bos_token": "<|end|>", "pad_token": told("<tool>", lstrip=True)}),
+    "special_tokens_map.json is not read": lambda f: beside(
+        save(f, added_tokens_decoder={}), "special_tokens_map.json",
+        {"bos_token": "<|end|>", "pad_token": "<tool>"}),
+    # chat templates
+    "a list of templates": lambda f: save(f, chat_template=[
+        {"name": "rag", "template": "no"}, {"name": "default", "template": TEMPLATE}]),
+    "chat_template.jinja wins": lambda f: beside(save(f, chat_template="no"),
+                                                 "chat_template.jinja", TEMPLATE),
+    "chat_template.jinja and more": lambda f: beside(
+        beside(save(f), "chat_template.jinja", "x" + TEMPLATE),
+        "additional_chat_templates/rag.jinja", "no"),
+}
+
+
+def their_ids(folder, chat, prompt):
+    hf = transformers.AutoTokenizer.from_pretrained(folder)
+    return hf.apply_chat_template(chat, return_dict=False, add_generation_prompt=prompt)
+
+
+def differing(folder):
+    """The conversations with other ids here than in transformers, as a whole or as a prompt.
+
+    Those in which a user spells a special token differ on purpose, and are left out.
+    """
+    ours = Tokenizer(folder)
+    differ = []
+    for chat in CHATS:
+        texts = " ".join(m["content"] for m in chat)
+        if any(special in texts for special in ours.specials):
+            continue
+        if ours.encode_prompt(chat) != their_ids(folder, chat, prompt=True):
+            differ.append(chat)
+        if ours.encode_chat(chat)[0] != their_ids(folder, chat, prompt=False):
+            differ.append(chat)
+    return differ
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_has_transformers_ids(tmp_path, name):
+    FOLDERS[name](tmp_path)
+    assert differing(tmp_path) == []
+
+
+CONTROLS = ["rstrip", "lstrip", "tool", "tool, rstrip", "lower case", "metaspace, always",
+            "byte-level with a first space", "added_tokens_decoder gives flags",
+            "added_tokens_decoder adds", "names add tokens", "added_tokens.json",
+            "special_tokens_map.json wins"]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_the_flag_or_file_changes_ids(tmp_path, name):
+    """Where it is left out, some conversation has other ids: the test above can see it."""
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    FOLDERS[name](tmp_path / "with")
+    save(tmp_path / "without")
+    changed = Tokenizer(tmp_path / "with")
+    plain = Tokenizer(tmp_path / "without")
+    assert any(changed.encode_prompt(c) != plain.encode_prompt(c) for c in CHATS)
+
+
+# ---------------------------------------------------------------------------------------------
+# a tokenizer.model, and what stands beside it
+
+
+@pytest.fixture(scope="module")
+def model_bytes():
+    """A small sentencepiece model of Llama 2's kind: BPE, byte pieces, text as it is."""
+    writer = io.BytesIO()
+    words = "hello there word thing two spaces user assistant Sure No ok tool end".split()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(words[i:] + words[:i]) for i in range(12)] * 3),
+        model_writer=writer, model_type="bpe", vocab_size=360, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        user_defined_symbols=["<ud>"], hard_vocab_limit=False, minloglevel=2)
+    return writer.getvalue()
+
+
+def llama(folder, model_bytes, **config):
+    (folder / "tokenizer.model").write_bytes(model_bytes)
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+                "unk_token": "<unk>", "chat_template": TEMPLATE}
+    edit_json(folder / "tokenizer_config.json", **(settings | config))
+    return folder
+
+
+def reference(model_bytes, tokens=(), legacy=True, **more):
+    """transformers' Llama tokenizer of the same pieces; from a file it would need protobuf.
+
+    Where it is legacy, with the normalizer of Llama 2's published tokenizer.json: like
+    sentencepiece it puts the first space also before a space, which transformers 5 no longer does.
+    """
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    scores = {sp.id_to_piece(i): sp.get_score(i) for i in range(sp.vocab_size())}
+    vocab = {piece: i for i, piece in enumerate(scores)}
+    hf = transformers.LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores),
+                                     legacy=legacy, chat_template=TEMPLATE, **more)
+    if legacy and "add_prefix_space" not in more:
+        hf.backend_tokenizer.normalizer = normalizers.Sequence([
+            normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        hf.backend_tokenizer.pre_tokenizer = None
+    hf.add_tokens([AddedToken(**token) for token in tokens])
+    return hf
+
+
+def n_pieces(model_bytes):
+    return sentencepiece.SentencePieceProcessor(model_proto=model_bytes).vocab_size()
+
+
+MARK_NAMES = ("<|user|>", "<|assistant|>", "<|end|>")
+BESIDE = {  # the tokens beside the model; legacy; add_prefix_space
+    "special": ([told(mark) for mark in MARK_NAMES], True, None),
+    "special, not legacy": ([told(mark) for mark in MARK_NAMES], False, None),
+    "special, no first space": ([told(mark) for mark in MARK_NAMES], True, False),
+    "rstrip": ([told(mark, rstrip=True) for mark in MARK_NAMES], True, None),
+    "lstrip, rstrip, not legacy": (
+        [told(mark, lstrip=True, rstrip=True) for mark in MARK_NAMES], False, None),
+    "a plain one among them": ([*[told(mark) for mark in MARK_NAMES],
+                                told("<tool>", special=False)], True, None),
+    "plain, single_word": ([*[told(mark) for mark in MARK_NAMES],
+                            told("<tool>", special=False, single_word=True)], False, None),
+    "none special": ([told(mark, special=False) for mark in MARK_NAMES], True, None),
+}
+
+
+def differing_from(hf, ours):
+    differ = []
+    for chat in CHATS[:3]:
+        ids = hf.apply_chat_template(chat, return_dict=False, add_generation_prompt=True)
+        whole = hf.apply_chat_template(chat, return_dict=False)
+        if ours.encode_prompt(chat) != ids or ours.encode_chat(chat)[0] != whole:
+            differ.append(chat)
+    return differ
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_added_tokens_decoder_beside_a_model_has_transformers_ids(tmp_path, model_bytes, name):
+    tokens, legacy, prefix = BESIDE[name]
+    n = n_pieces(model_bytes)
+    more = {} if prefix is None else {"add_prefix_space": prefix}
+    llama(tmp_path, model_bytes, legacy=legacy, **more,
+          added_tokens_decoder={str(n + i): token for i, token in enumerate(tokens)})
+    ours = Tokenizer(tmp_path)
+    assert differing_from(reference(model_bytes, tokens, legacy, **more), ours) == []
+    assert ours.n_ids == n + len(tokens)
+    assert differing_from(reference(model_bytes, [], legacy, **more), ours) != []  # the control
+
+
+def test_added_tokens_json_beside_a_model_has_transformers_ids(tmp_path, model_bytes):
+    n = n_pieces(model_bytes)
+    llama(tmp_path, model_bytes)
+    beside(tmp_path, "added_tokens.json", {mark: n + i for i, mark in enumerate(MARK_NAMES)})
+    tokens = [told(mark, special=False) for mark in MARK_NAMES]
+    assert differing_from(reference(model_bytes, tokens), Tokenizer(tmp_path)) == []
+
+
+def test_names_of_special_tokens_map_beside_a_model_are_added(tmp_path, model_bytes):
+    llama(tmp_path, model_bytes, pad_token=None)
+    beside(tmp_path, "special_tokens_map.json",
+           {"additional_special_tokens": [*MARK_NAMES[:2], told("<|end|>", rstrip=True)]})
+    tokens = [told("<|user|>"), told("<|assistant|>"), told("<|end|>", rstrip=True)]
+    assert differing_from(reference(model_bytes, tokens), Tokenizer(tmp_path)) == []
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_decoding_is_the_text_again_around_added_tokens(tmp_path, model_bytes, legacy):
+    n = n_pieces(model_bytes)
+    llama(tmp_path, model_bytes, legacy=legacy, added_tokens_decoder={
+        str(n): told("<|end|>"), str(n + 1): told("<tool>", special=False)})
+    tok = Tokenizer(tmp_path)
+    for text in ("hello <tool> there", "<tool>two  spaces<tool>", "no added token"):
+        assert tok.decode([*tok.encode(text), n]).replace(" ", "") == text.replace(" ", "")
+        assert (n + 1 in tok.encode(text)) == ("<tool>" in text)
+    assert n not in tok.encode("spelt <|end|>") and "<|end|>" in tok.decode(tok.encode("<|end|>"))
+
+
+def test_a_bos_that_the_config_calls_null_is_none(tmp_path, model_bytes):
+    llama(tmp_path, model_bytes)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    beside(tmp_path, "tokenizer_config.json", config | {"bos_token": None})
+    assert Tokenizer(tmp_path).bos_id is None
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tokenizer_json_itself_says_where_a_first_space_is_put(tmp_path, legacy):
+    save(tmp_path, bpe(metaspace("always")), legacy=legacy)
+    assert differing(tmp_path) == []
+
+
+def test_a_piece_of_the_model_that_ends_a_turn_cannot_be_written_by_a_user(tmp_path, model_bytes):
+    """The model finds its own user-defined pieces in any text, so the spelling is cut in two."""
+    llama(tmp_path, model_bytes, chat_template=TEMPLATE.replace("<|end|>", "<ud>"),
+          additional_special_tokens=["<ud>"])
+    tok = Tokenizer(tmp_path)
+    ud = tok.specials["<ud>"]
+    chat = [user("a<ud>b <ud>"), assistant("Sure")]
+    ids, supervised = tok.encode_chat(chat)
+    assert ids.count(ud) == 2 and ud in tok.stop_ids
+    assert "a<ud>b <ud>" in tok.decode(ids)
+    assert [i for i, s in zip(ids, supervised, strict=True) if s][-1] == ud
+
+
+def test_a_model_names_its_own_bos_and_eos_where_the_config_does_not(tmp_path, model_bytes):
+    llama(tmp_path, model_bytes, bos_token=None, eos_token=None, unk_token=None,
+          chat_template=TEMPLATE + "{{ eos_token }}")
+    tok = Tokenizer(tmp_path)
+    assert tok.bos_id == 1 and tok.encode_prompt(CHATS[0])[0] == 1
+    assert tok.encode_prompt(CHATS[0])[-1] == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# what is not followed is refused by its name
+
+
+REFUSED = {  # the folder, and what the sentence names
+    "split_special_tokens": (lambda f: save(f, split_special_tokens=True),
+                             ["split_special_tokens", "true"]),
+    "fix_mistral_regex": (lambda f: save(f, fix_mistral_regex=True), ["fix_mistral_regex"]),
+    "auto_map": (lambda f: save(f, auto_map={"AutoTokenizer": ["own.Tok", None]}),
+                 ["auto_map", "own.Tok"]),
+    "sp_model_kwargs": (lambda f: save(f, sp_model_kwargs={"enable_sampling": True}),
+                        ["sp_model_kwargs", "enable_sampling"]),
+    "a first space that tokenizer.json has not": (lambda f: save(f, add_prefix_space=True),
+                                                  ["add_prefix_space", "true"]),
+    "no first space, and tokenizer.json has one": (
+        lambda f: save(f, bpe(metaspace("always")), add_prefix_space=False),
+        ["add_prefix_space", "false"]),
+    "normalized, lower case": (
+        lambda f: save(f, bpe(normalizer=normalizers.Lowercase()),
+                       flags={"<|END|>": {"normalized": True}}),
+        ["<|END|>", "normalized", "<|end|>"]),
+    "normalized, prepend": (
+        lambda f: save(f, bpe(normalizer=normalizers.Prepend("_")), tool={"normalized": True}),
+        ["<tool>", "normalized", "_<tool>"]),
+    "normalized, NFKC": (
+        lambda f: save(f, bpe(normalizer=normalizers.NFKC()), flags={
+            "<\ufb01n>": {"special": False, "normalized": True}}), ["normalized", "<fin>"]),
+    "normalized, NFKC, though it is spelt as before": (
+        lambda f: save(f, bpe(normalizer=normalizers.NFKC()), tool={"normalized": True}),
+        ["normalized", "<tool>"]),
+    "another id": (lambda f: save(f, added_tokens_decoder={"3": told("<|user|>")}),
+                   ["<|user|>", "id 3", str(N + 2)]),
+    "an id with a gap": (lambda f: beside(save(f), "added_tokens.json", {"<tool>": N + 50}),
+                         ["<tool>", str(N + 50), str(N + 5)]),
+    "a decoder of texts": (lambda f: save(f, added_tokens_decoder={"3": "<|user|>"}),
+                           ["added_tokens_decoder"]),
+    "a decoder without numbers": (lambda f: save(f, added_tokens_decoder={"x": told("<tool>")}),
+                                  ["added_tokens_decoder"]),
+    "added_tokens.json without numbers": (
+        lambda f: beside(save(f), "added_tokens.json", {"<tool>": "7"}), ["added_tokens.json"]),
+    "a name that is no text": (lambda f: save(f, additional_special_tokens=[7]),
+                               ["special token 7"]),
+    "a damaged special_tokens_map.json": (
+        lambda f: beside(save(f), "special_tokens_map.json", "{"), ["special_tokens_map.json"]),
+    "templates without a default": (
+        lambda f: save(f, chat_template=[{"name": "rag", "template": TEMPLATE}]),
+        ["rag", "default"]),
+    "other templates alone": (
+        lambda f: beside(save(f), "additional_chat_templates/rag.jinja", TEMPLATE),
+        ["additional_chat_templates", "chat_template.jinja"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_followed_is_refused_by_its_name(tmp_path, name):
+    make, words = REFUSED[name]
+    make(tmp_path)
+    check_refused(lambda: Tokenizer(tmp_path), *words)
+
+
+def test_random_pieces_are_refused(tmp_path):
+    save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    with_spec(tmp_path, model=spec["model"] | {"dropout": 0.1})
+    check_refused(lambda: Tokenizer(tmp_path), "dropout", "0.1")
+
+
+def test_an_id_that_a_model_gives_to_another_piece_is_refused(tmp_path, model_bytes):
+    llama(tmp_path, model_bytes, added_tokens_decoder={"100": told("<|end|>")})
+    check_refused(lambda: Tokenizer(tmp_path), "<|end|>", "id 100")
+
+
+def test_tokens_beside_a_model_that_its_weights_lack_are_refused(tmp_path, model_bytes):
+    n = n_pieces(model_bytes)
+    llama(tmp_path, model_bytes, added_tokens_decoder={str(n): told("<|end|>")})
+    edit_json(tmp_path / "config.json", vocab_size=n)
+    check_refused(lambda: Tokenizer(tmp_path), str(n + 1), str(n))

@@ -1,0 +1,415 @@
+"""Which ids a Hugging Face folder gives to a text: tokenizer.json, or sentencepiece's model.
+
+Beside its pieces a folder has added tokens: texts that become one id wherever they stand. Each has
+flags: special (left out of decoded text), lstrip and rstrip (it swallows the white space before it
+and behind it), single_word (not next to a letter) and normalized (looked for after normalising).
+They are told, as transformers reads them, by
+
+    tokenizer.json              added_tokens
+    tokenizer_config.json       added_tokens_decoder, whose flags win; *_token, extra_special_tokens
+    added_tokens.json, special_tokens_map.json     only where there is no added_tokens_decoder
+
+What is not followed is refused by its name. Two choices are ours: a tokenizer.json itself says
+where a space is put before a text, whatever "legacy" says beside it; beside a tokenizer.model,
+"legacy": false means that none is put behind an added token, and all else is sentencepiece's way.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken
+
+from model import UserError, read_json
+
+# The tokens that a tokenizer_config.json names, in the order in which transformers adds them.
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+         "mask_token")
+SPACES = r"[^\S\x1c-\x1f]*"  # white space as `tokenizers` counts it: not four control characters
+
+
+# what the folder declares
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An added token that a file beside the vocabulary declares."""
+
+    token: AddedToken
+    id: int | None = None  # as the file states it; None where it states none
+    flags_win: bool = False  # over those that tokenizer.json gives the same token
+
+
+def read_config(dir) -> dict:
+    """tokenizer_config.json, with the names of special_tokens_map.json where those count.
+
+    Raises UserError for a setting that is not followed here.
+    """
+    dir = Path(dir)
+    path = dir / "tokenizer_config.json"
+    config = read_json(path)
+    names = dir / "special_tokens_map.json"
+    if names.exists() and "added_tokens_decoder" not in config:
+        config = config | read_json(names)
+    for key in ("split_special_tokens", "fix_mistral_regex", "auto_map", "sp_model_kwargs"):
+        if config.get(key):
+            raise UserError(f"{path} has {key} {json.dumps(config[key])}, which changes ids in a "
+                            "way that is not followed here; remove it, or use a tokenizer without.")
+    return config
+
+
+def named_tokens(config: dict) -> dict[str, str]:
+    """The tokens that a config names, {"bos_token": "<s>", ...}: what a template may call them."""
+    return {key: special_token(told).content for key, told in named_as_told(config).items()}
+
+
+def named_as_told(config: dict) -> dict[str, str | dict]:
+    """The same, each as it is written: its text, or an object with its flags."""
+    keys = list(NAMED)
+    keys += [key for key in config if key.endswith("_token") and key not in NAMED]
+    named = {key: config[key] for key in keys if isinstance(config.get(key), (str, dict))}
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        named.update(extra)
+    return {key: told for key, told in named.items() if told}
+
+
+def declared_tokens(dir: Path, config: dict) -> list[Declared]:
+    """The added tokens that files beside the vocabulary declare, in the order of their ids."""
+    named = [special_token(told) for told in named_as_told(config).values()]
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if not isinstance(extra, dict):  # a dict's are among the named ones
+        named += [special_token(told) for told in extra]
+    declared = []
+    if "added_tokens_decoder" in config:
+        declared = tokens_by_id(dir / "tokenizer_config.json", config["added_tokens_decoder"])
+    elif (dir / "added_tokens.json").exists():
+        declared = tokens_by_text(dir / "added_tokens.json", {t.content for t in named})
+    known = {d.token.content for d in declared}
+    for token in named:
+        if token.content not in known:
+            declared.append(Declared(token))
+            known.add(token.content)
+    return declared
+
+
+def tokens_by_id(path: Path, told: dict) -> list[Declared]:
+    """The tokens of an added_tokens_decoder, {"32000": {"content": "<|user|>", ...}}."""
+    try:
+        by_id = {int(i): AddedToken(**flags) for i, flags in told.items()}
+        return [Declared(token, i, flags_win=True) for i, token in sorted(by_id.items())]
+    except (AttributeError, TypeError, ValueError) as e:
+        raise UserError(f"the added_tokens_decoder of {path} cannot be read ({e}); fetch it "
+                        "again.") from None
+
+
+def tokens_by_text(path: Path, specials: set[str]) -> list[Declared]:
+    """The tokens of an added_tokens.json, {"<|user|>": 32000}."""
+    told = read_json(path)
+    if not all(isinstance(i, int) for i in told.values()):
+        raise UserError(f"{path} needs an id for each of its tokens, {{text: integer}}; fetch it "
+                        "again.")
+    by_id = {i: AddedToken(text, special=text in specials) for text, i in told.items()}
+    return [Declared(token, i) for i, token in sorted(by_id.items())]
+
+
+def special_token(told: str | dict) -> AddedToken:
+    """A special token that is written as its text alone, or as an object with its flags."""
+    if isinstance(told, str):
+        return AddedToken(told, special=True)
+    if not isinstance(told, dict) or not isinstance(told.get("content"), str):
+        raise UserError("tokenizer_config.json or special_tokens_map.json names the special token "
+                        f"{json.dumps(told)}, expected a text or an object with its content; fetch "
+                        "it again.")
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    given = {flag: told[flag] for flag in flags if flag in told}
+    return AddedToken(told["content"], special=True, **given)
+
+
+# added tokens in a text
+
+
+class AddedTokens:
+    """Finds added tokens in a text: the leftmost, of those the longest, then by their flags.
+
+    Like `tokenizers`: first those that are not normalized, then the others between them.
+    """
+
+    def __init__(self, by_id: dict[int, AddedToken]):
+        self.tokens = {token.content: token for token in by_id.values()}
+        self.ids = {token.content: i for i, token in by_id.items()}
+        self.first = any_of(text for text, token in self.tokens.items() if not token.normalized)
+        self.then = any_of(text for text, token in self.tokens.items() if token.normalized)
+        self.swallowing = {i for i, token in by_id.items() if token.rstrip}
+
+    def find(self, text: str) -> list[tuple[int, int, int]]:
+        """(start, end, id) of each token; the white space that it swallows is its own."""
+        found = []
+        done = 0
+        for start, end, i in self._find(self.first, text):
+            found += self._between(text, done, start)
+            found.append((start, end, i))
+            done = end
+        return found + self._between(text, done, len(text))
+
+    def _between(self, text: str, start: int, end: int) -> list[tuple[int, int, int]]:
+        return [(start + a, start + b, i) for a, b, i in self._find(self.then, text[start:end])]
+
+    def _find(self, pattern: re.Pattern, text: str):
+        done = 0
+        for match in pattern.finditer(text):
+            token = self.tokens[match.group()]
+            start, end = match.span()
+            if token.single_word and touches_a_word(text, start, end):
+                continue
+            if token.lstrip:
+                spaces = re.search(SPACES + r"\Z", text[done:start])
+                start -= len(spaces.group())
+            if token.rstrip:
+                end += n_spaces(text[end:])
+            yield start, end, self.ids[token.content]
+            done = end
+
+
+def n_spaces(text: str) -> int:
+    """How much white space a text begins with."""
+    return re.match(SPACES, text).end()
+
+
+def any_of(texts) -> re.Pattern:
+    """A pattern that matches each of the texts, a longer one before a shorter one."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.compile(pattern or r"(?!)")  # of no texts it matches nowhere
+
+
+def touches_a_word(text: str, start: int, end: int) -> bool:
+    """Whether a letter, a digit or an underscore stands next to text[start:end]."""
+    before = text[max(start - 1, 0):start]
+    behind = text[end:end + 1]
+    return re.search(r"\w", before + behind) is not None
+
+
+# the two kinds of file
+
+
+class JsonBackend:
+    """tokenizer.json, through `tokenizers`."""
+
+    def __init__(self, dir: Path, config: dict):
+        self.path = dir / "tokenizer.json"
+        self.default_names = {}  # the file itself calls no token bos_token or eos_token
+        spec = read_json(self.path)
+        # Inside a text, behind other text, no space may be put before a piece.
+        inner_spec = dict(spec)
+        inner_spec["normalizer"] = without_prefix(spec.get("normalizer"))
+        inner_spec["pre_tokenizer"] = without_prefix(spec.get("pre_tokenizer"))
+        has_prefix = inner_spec != spec
+        try:
+            self.tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self.inner = self.tok
+            self.both = [self.tok]
+            if has_prefix:
+                self.inner = tokenizers.Tokenizer.from_str(json.dumps(inner_spec))
+                self.both.append(self.inner)
+        except Exception as e:  # the library raises plain Exception
+            raise UserError(f"{self.path} is not a tokenizer.json ({e}); fetch it again.") from None
+        self._refuse_settings(spec, config, has_prefix)
+        # A space may be put before the first piece of a text, or also behind each added token.
+        self.prefix_behind_tokens = not is_put_once(spec.get("pre_tokenizer"))
+        for declared in declared_tokens(dir, config):
+            self._declare(declared)
+        self.n_ids = 1 + max(self.tok.get_vocab(with_added_tokens=True).values())
+        self.added = self.tok.get_added_tokens_decoder()
+        for tok in self.both:
+            # Added tokens are ours to place, see Tokenizer: here each is text where it is spelt.
+            tok.add_special_tokens(list(self.tok.get_added_tokens_decoder().values()))
+            tok.encode_special_tokens = True
+            tok.no_truncation()
+            tok.no_padding()
+        is_llama = str(config.get("tokenizer_class")).startswith("Llama")
+        if not is_llama:  # transformers uses no normalizer for that class
+            self._refuse_normalized(spec.get("normalizer"))
+
+    @property
+    def specials(self) -> dict[str, int]:
+        return {t.content: i for i, t in self.added.items() if t.special}
+
+    def make_special(self, content: str) -> None:
+        """Decoding leaves this token out from now on."""
+        self.added[self.tok.token_to_id(content)].special = True
+
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        tok = self.inner if inside else self.tok
+        return tok.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids) -> str:
+        specials = self.specials.values()
+        return self.tok.decode([i for i in ids if i not in specials], skip_special_tokens=False)
+
+    def _declare(self, declared: Declared) -> None:
+        """Adds a token that a file beside tokenizer.json declares."""
+        there = {token.content for token in self.tok.get_added_tokens_decoder().values()}
+        if declared.flags_win or declared.token.content not in there:
+            for tok in self.both:
+                tok.add_tokens([declared.token])
+        check_id(self.path, declared, self.tok.token_to_id(declared.token.content))
+
+    def _refuse_settings(self, spec: dict, config: dict, has_prefix: bool) -> None:
+        wanted = config.get("add_prefix_space")
+        if wanted is not None and wanted != has_prefix:
+            raise UserError(f"{self.path.parent / 'tokenizer_config.json'} has add_prefix_space "
+                            f"{json.dumps(wanted)}, but {self.path.name} says otherwise; make the "
+                            "two agree.")
+        dropout = spec["model"].get("dropout")
+        if dropout:
+            raise UserError(f"{self.path} has a dropout of {dropout}, so its ids are random; set "
+                            "it to null.")
+
+    def _refuse_normalized(self, normalizer: dict | None) -> None:
+        """UserError where a token would be found in the normalised text, but not as it is spelt."""
+        if normalizer is None:
+            return
+        for token in self.added.values():
+            changed = self.tok.normalizer.normalize_str(token.content)
+            keeps = changed == token.content and kinds_of(normalizer) <= {"NFC", "Replace"}
+            if token.normalized and not keeps:
+                raise UserError(f"{self.path.parent} has the added token {token.content!r} with "
+                                f"normalized true and a normalizer that writes it {changed!r}, or "
+                                "other texts like it; set normalized to false.")
+
+
+def kinds_of(normalizer: dict) -> set[str]:
+    """The types of a normalizer's parts."""
+    if "normalizers" not in normalizer:
+        return {normalizer["type"]}
+    return set().union(*map(kinds_of, normalizer["normalizers"]))
+
+
+def is_put_once(part: dict | None) -> bool:
+    """Whether a pre-tokenizer puts its space before a text alone, and not behind added tokens."""
+    if part is None:
+        return False
+    parts = part.get("pretokenizers", [])
+    return part.get("prepend_scheme") == "first" or any(map(is_put_once, parts))
+
+
+def check_id(path: Path, declared: Declared, found: int) -> None:
+    """UserError where a token's id is not the one that a file beside the vocabulary states."""
+    if declared.id not in (None, found):
+        raise UserError(f"a file beside {path} gives the added token {declared.token.content!r} "
+                        f"the id {declared.id}, but by that file it is {found}; fetch the folder "
+                        "again.")
+
+
+def without_prefix(part: dict | None) -> dict | None:
+    """A part of tokenizer.json without the space that it may put before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    part = dict(part)
+    if "prepend_scheme" in part:
+        part["prepend_scheme"] = "never"
+    if "add_prefix_space" in part:
+        part["add_prefix_space"] = False
+    for key in ("normalizers", "pretokenizers"):  # the parts of a Sequence
+        if key in part:
+            inner = [without_prefix(p) for p in part[key]]
+            part[key] = [p for p in inner if p is not None]
+    return part
+
+
+class SentencePieceBackend:
+    """tokenizer.model, through `sentencepiece`; control pieces (<s>) are special tokens."""
+
+    def __init__(self, dir: Path, config: dict):
+        path = dir / "tokenizer.model"
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except Exception as e:
+            raise UserError(f"{path} is not a sentencepiece model ({e}); fetch it again.") from None
+        self.n_ids = self.sp.vocab_size()
+        self.added = {}
+        for i in range(self.n_ids):
+            if self.sp.is_control(i):
+                self.added[i] = AddedToken(self.sp.id_to_piece(i), special=True)
+        for declared in declared_tokens(dir, config):
+            self._declare(path, declared)
+        self.spelt = self._spelt_by_the_model()
+        own = {"bos_token": self.sp.bos_id(), "eos_token": self.sp.eos_id(),
+               "unk_token": self.sp.unk_id()}
+        self.default_names = {key: self.sp.id_to_piece(i) for key, i in own.items()
+                              if i >= 0 and key not in config}  # null in the config: it has none
+        self.newline = self.sp.encode("\n")  # a byte piece, which merges with nothing
+        self.puts_prefix = config.get("add_prefix_space") is not False
+        # legacy false: a space is put before a text, but not behind an added token.
+        self.prefix_behind_tokens = self.puts_prefix and config.get("legacy") is not False
+
+    @property
+    def specials(self) -> dict[str, int]:
+        return {t.content: i for i, t in self.added.items() if t.special}
+
+    def make_special(self, content: str) -> None:
+        """Where a user spells this token it is text from now on, and decoding leaves it out."""
+        for token in self.added.values():
+            if token.content == content:
+                token.special = True
+        self.spelt = self._spelt_by_the_model()
+
+    def _spelt_by_the_model(self) -> re.Pattern:
+        """The special tokens that the model would make of their spelling; it must stay text."""
+        return any_of(t for t, i in self.specials.items() if i in self.sp.encode(t))
+
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        ids = []
+        done = 0
+        for match in self.spelt.finditer(text):  # cut inside, so that the model does not see it
+            ids += self._encode(text[done:match.start() + 1], inside or done > 0)
+            done = match.start() + 1
+        return ids + self._encode(text[done:], inside or done > 0)
+
+    def _encode(self, text: str, inside: bool) -> list[int]:
+        if inside or not self.puts_prefix:  # behind a newline the text gets no space of its own
+            return self.sp.encode("\n" + text)[len(self.newline):]
+        return self.sp.encode(text)
+
+    def decode(self, ids) -> str:
+        text = ""
+        run = []  # pieces of the model that are not yet decoded
+        for i in ids:
+            token = self.added.get(i)
+            if token is None:
+                run.append(i)
+            elif not token.special:
+                text += self._decode(run, behind=text) + token.content
+                run = []
+        return text + self._decode(run, behind=text)
+
+    def _decode(self, ids, behind: str) -> str:
+        if behind:  # behind a newline no space is taken from the text
+            return self.sp.decode(self.newline + ids)[1:]
+        return self.sp.decode(ids)
+
+    def _declare(self, path: Path, declared: Declared) -> None:
+        content = declared.token.content
+        found = self.sp.piece_to_id(content)
+        if self.sp.id_to_piece(found) != content:  # the model does not have it
+            found = self.n_ids
+            self.n_ids += 1
+        check_id(path, declared, found)
+        self.added[found] = declared.token
+
+
+def open_backend(dir) -> JsonBackend | SentencePieceBackend:
+    """What turns text into ids in a Hugging Face folder; UserError where there is none."""
+    dir = Path(dir)
+    has_config = (dir / "tokenizer_config.json").exists()
+    config = read_config(dir) if has_config else {}
+    if (dir / "tokenizer.json").exists():
+        return JsonBackend(dir, config)
+    if (dir / "tokenizer.model").exists():
+        return SentencePieceBackend(dir, config)
+    raise UserError(f"{dir} has neither tokenizer.json nor tokenizer.model; name a folder with a "
+                    "tokenizer.")
