@@ -13,7 +13,7 @@ Behind a mark an equation states what it ends in, and a remark in brackets or be
 says nothing new. What states two numbers ("7 or 8", "18 dollars and 5 cents") or a sum that is not
 worked out ("12 - 5") states none: None, which is never right. Numbers are compared exactly, as
 fractions.
-tests/laws/test_readable.py holds the forms that this was written for.
+tests/programs/test_readable.py holds the forms that this was written for.
 """
 
 import re

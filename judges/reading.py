@@ -13,7 +13,7 @@ else is None, which is asked again and then counted:
 
 Numbers that are marked in the same way must agree. A number is whole and plain: "3.5", "2-3",
 "at least 3" and "3?" are none, and what repeats the scale ("0 to 5", "/5") is not a number.
-tests/laws/test_reading.py holds the forms that this was written for.
+tests/programs/test_reading.py holds the forms that this was written for.
 """
 
 import re

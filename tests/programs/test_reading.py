@@ -1,6 +1,6 @@
 """What a judge's answer is read as: a table of forms, each with its score or letter, or None.
 
-    pytest tests/laws/test_reading.py -q
+    pytest tests/programs/test_reading.py -q
 
 None is asked again and then counted as unjudged; a wrong number would be a wrong HS. So where a
 form can be meant in two ways, None is the right value.

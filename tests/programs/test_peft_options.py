@@ -1,6 +1,6 @@
 """Every setting of PEFT's LoraConfig is honoured, changes nothing, or is refused by its name.
 
-    pytest tests/laws/test_peft_options.py -q     (add -s to read distances and refusals)
+    pytest tests/programs/test_peft_options.py -q     (add -s to read distances and refusals)
 
 PEFT is the reference: it writes each adapter, and reads again what is saved here.
 """

@@ -1,6 +1,6 @@
 r"""What a reply states, as a reader would say: a table of forms, each with its number or None.
 
-    pytest tests/laws/test_readable.py -q
+    pytest tests/programs/test_readable.py -q
 
 `--fa-rule exact` is the papers' and stays as it is; RIGHT_BUT_FOR_EXACT holds right replies that it
 calls wrong. None means: the reply states no number, or no telling which. It is never right.
