@@ -1,6 +1,6 @@
 """What stress/probes.py measures is what its header says, and measuring changes nothing.
 
-    pytest tests/laws/test_probes.py -q           (add -s to see the numbers)
+    pytest tests/programs/test_probes.py -q           (add -s to see the numbers)
 
 Numbers are compared in float64 with others made here one sequence at a time, with plain autograd
 and own hooks, on the small Llama of sbr_helpers.py; whole runs are on that of runs_helpers.py.
