@@ -63,26 +63,34 @@ def read_config(dir) -> dict:
 
 def named_tokens(config: dict) -> dict[str, str]:
     """The tokens that a config names, {"bos_token": "<s>", ...}: what a template may call them."""
-    return {key: special_token(told).content for key, told in named_as_told(config).items()}
+    return {key: special_token(entry).content for key, entry in named_entries(config).items()}
 
 
-def named_as_told(config: dict) -> dict[str, str | dict]:
-    """The same, each as it is written: its text, or an object with its flags."""
-    keys = list(NAMED)
-    keys += [key for key in config if key.endswith("_token") and key not in NAMED]
-    named = {key: config[key] for key in keys if isinstance(config.get(key), (str, dict))}
+def named_entries(config: dict) -> dict[str, str | dict]:
+    """The same, each as the config has it: its text, or an object with its flags."""
+    named = {}
+    own = [key for key in config if key.endswith("_token") and key not in NAMED]
+    for key in [*NAMED, *own]:
+        entry = config.get(key)
+        if entry and isinstance(entry, (str, dict)):
+            named[key] = entry
     extra = config.get("extra_special_tokens")
     if isinstance(extra, dict):
-        named.update(extra)
-    return {key: told for key, told in named.items() if told}
+        for key, entry in extra.items():
+            if entry:
+                named[key] = entry
+            else:
+                named.pop(key, None)
+    return named
 
 
 def declared_tokens(dir: Path, config: dict) -> list[Declared]:
     """The added tokens that files beside the vocabulary declare, in the order of their ids."""
-    named = [special_token(told) for told in named_as_told(config).values()]
+    entries = list(named_entries(config).values())
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if not isinstance(extra, dict):  # a dict's are among the named ones
-        named += [special_token(told) for told in extra]
+        entries += extra
+    named = [special_token(entry) for entry in entries]
     declared = []
     if "added_tokens_decoder" in config:
         declared = tokens_by_id(dir / "tokenizer_config.json", config["added_tokens_decoder"])
@@ -96,11 +104,13 @@ def declared_tokens(dir: Path, config: dict) -> list[Declared]:
     return declared
 
 
-def tokens_by_id(path: Path, told: dict) -> list[Declared]:
+def tokens_by_id(path: Path, entries: dict) -> list[Declared]:
     """The tokens of an added_tokens_decoder, {"32000": {"content": "<|user|>", ...}}."""
+    declared = []
     try:
-        by_id = {int(i): AddedToken(**flags) for i, flags in told.items()}
-        return [Declared(token, i, flags_win=True) for i, token in sorted(by_id.items())]
+        for i, flags in entries.items():
+            declared.append(Declared(AddedToken(**flags), int(i), flags_win=True))
+        return sorted(declared, key=lambda d: d.id)
     except (AttributeError, TypeError, ValueError) as e:
         raise UserError(f"the added_tokens_decoder of {path} cannot be read ({e}); fetch it "
                         "again.") from None
@@ -108,25 +118,28 @@ def tokens_by_id(path: Path, told: dict) -> list[Declared]:
 
 def tokens_by_text(path: Path, specials: set[str]) -> list[Declared]:
     """The tokens of an added_tokens.json, {"<|user|>": 32000}."""
-    told = read_json(path)
-    if not all(isinstance(i, int) for i in told.values()):
-        raise UserError(f"{path} needs an id for each of its tokens, {{text: integer}}; fetch it "
-                        "again.")
-    by_id = {i: AddedToken(text, special=text in specials) for text, i in told.items()}
-    return [Declared(token, i) for i, token in sorted(by_id.items())]
+    declared = []
+    for text, i in read_json(path).items():
+        if not isinstance(i, int):
+            raise UserError(f"{path} needs an id for each of its tokens, {{text: integer}}; fetch "
+                            "it again.")
+        declared.append(Declared(AddedToken(text, special=text in specials), i))
+    return sorted(declared, key=lambda d: d.id)
 
 
-def special_token(told: str | dict) -> AddedToken:
+def special_token(entry: str | dict) -> AddedToken:
     """A special token that is written as its text alone, or as an object with its flags."""
-    if isinstance(told, str):
-        return AddedToken(told, special=True)
-    if not isinstance(told, dict) or not isinstance(told.get("content"), str):
+    if isinstance(entry, str):
+        return AddedToken(entry, special=True)
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
         raise UserError("tokenizer_config.json or special_tokens_map.json names the special token "
-                        f"{json.dumps(told)}, expected a text or an object with its content; fetch "
-                        "it again.")
-    flags = ("lstrip", "rstrip", "single_word", "normalized")
-    given = {flag: told[flag] for flag in flags if flag in told}
-    return AddedToken(told["content"], special=True, **given)
+                        f"{json.dumps(entry)}, expected a text or an object with its content; "
+                        "fetch it again.")
+    flags = {}
+    for flag in ("lstrip", "rstrip", "single_word", "normalized"):
+        if flag in entry:
+            flags[flag] = entry[flag]
+    return AddedToken(entry["content"], special=True, **flags)
 
 
 # added tokens in a text
@@ -139,11 +152,22 @@ class AddedTokens:
     """
 
     def __init__(self, by_id: dict[int, AddedToken]):
-        self.tokens = {token.content: token for token in by_id.values()}
-        self.ids = {token.content: i for i, token in by_id.items()}
-        self.first = any_of(text for text, token in self.tokens.items() if not token.normalized)
-        self.then = any_of(text for text, token in self.tokens.items() if token.normalized)
-        self.swallowing = {i for i, token in by_id.items() if token.rstrip}
+        self.tokens = {}
+        self.ids = {}
+        self.swallowing = set()  # ids of tokens that take the white space behind them
+        plain = []
+        normalized = []
+        for i, token in by_id.items():
+            self.tokens[token.content] = token
+            self.ids[token.content] = i
+            if token.rstrip:
+                self.swallowing.add(i)
+            if token.normalized:
+                normalized.append(token.content)
+            else:
+                plain.append(token.content)
+        self.first = any_of(plain)
+        self.then = any_of(normalized)
 
     def find(self, text: str) -> list[tuple[int, int, int]]:
         """(start, end, id) of each token; the white space that it swallows is its own."""
