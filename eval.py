@@ -8,9 +8,9 @@
     win rate      share of AlpacaEval's answers preferred to the reference, with --judge rubric
     over-refusal  share of harmless look-alikes of harmful prompts that are refused, in percent
 
-summarise() computes them. Decoding is greedy, so a number depends on the weights alone. Replies,
-and the verdicts of a judge that is a model, are kept as they come: an interrupted evaluation goes
-on, and another judge uses the same replies.
+summarise() computes them. Decoding is greedy, so nothing is drawn; where two tokens are equally
+likely to the last bit, the batch decides. Replies, and what a judge that is a model says, are kept
+as they come: an interrupted evaluation goes on, and another judge uses the same replies.
 
     python eval.py --run DIR                     a finished run, on more prompts or by another judge
     python eval.py --model DIR --task sst2       any model, with or without --adapter DIR

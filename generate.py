@@ -91,7 +91,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
 
     n_ids: ids from here on are never chosen (an embedding may be larger than its tokenizer).
     progress: a label switches a bar on. on_reply(index, reply) is called as each is complete.
-    graph: decode by CUDA graphs. In fp32 a reply does not depend on the batch it rode in.
+    graph: decode by CUDA graphs. The batch changes a reply only where two logits are all but equal.
     """
     stop = set(stop_ids)
     B = min(batch_size, len(prompts))

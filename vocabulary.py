@@ -3,7 +3,7 @@
 Beside its pieces a folder has added tokens: texts that become one id wherever they stand. Each has
 flags: special (left out of decoded text), lstrip and rstrip (it swallows the white space before it
 and behind it), single_word (not next to a letter) and normalized (looked for after normalising).
-They are told, as transformers reads them, by
+These files declare them, in the way that transformers reads them:
 
     tokenizer.json              added_tokens
     tokenizer_config.json       added_tokens_decoder, whose flags win; *_token, extra_special_tokens
