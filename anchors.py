@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model import Llama, UserError, to_fp32
+from packing import pack_sequences
 
 
 class FinalNorm:
@@ -55,11 +56,11 @@ def encode(tokenizer, prompts: list[str]) -> list[Tensor]:
 
 def states(model: Llama, ids: list[Tensor]) -> Tensor:
     """h (K, C) at the last token of each sequence, packed in one pass."""
-    seqlens = [len(sequence) for sequence in ids]
-    last = torch.tensor(seqlens).cumsum(0).to(model.device) - 1  # (K,) rows of the last tokens
+    packing = pack_sequences(ids)
+    last = packing.last_rows().to(model.device)  # (K,)
     with FinalNorm(model) as norm:
         # One row, since the logits are not needed.
-        model(torch.cat(ids).to(model.device), seqlens, rows=last[:1])
+        model(packing.ids.to(model.device), packing.seqlens, path=packing.path, rows=last[:1])
         return norm.value[last]
 
 

@@ -10,7 +10,6 @@ matters because a defended model refuses in ten tokens and an attacked one may w
 
 import math
 import sys
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from cli import COUNT, TINY, Parser, exit_code
 from device import add_device_flags, capture_cuda_graph, device_and_dtype
 from lora import load_adapter, merge
 from model import Config, Llama, UserError, load_model
+from packing import pack_sequences
 from tokenizer import DATE, Tokenizer
 
 BATCH = 128  # replies written at once
@@ -40,10 +40,10 @@ class KVCache:
         self.longest = 0  # tokens in the fullest slot, this step's included; known without a sync
 
     def prefill(self, layer: int, k: Tensor, v: Tensor, layout) -> None:
-        """Stores the packed k, v (N, KV, D) of whole prompts."""
-        slot = self.slots[layout.cell // layout.T]  # (N,)
-        self.k[layer, slot, :, layout.position] = k
-        self.v[layer, slot, :, layout.position] = v
+        """Stores the packed k, v (N, KV, D) of whole prompts; a shared row goes to each of them."""
+        slot = self.slots[layout.sequence]  # (M,)
+        self.k[layer, slot, :, layout.place] = k[layout.path]
+        self.v[layer, slot, :, layout.place] = v[layout.path]
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores one k, v per slot, (B, KV, D); each q attends to its slot, (B, H, D) -> same."""
@@ -150,13 +150,11 @@ class Engine:
     def prefill(self, rows: list[Row], first: int) -> list[list[int]]:
         """Runs the prompts of rows[first:] packed into their slots -> their first tokens."""
         device = self.last.device
-        prompts = [row.prompt for row in rows[first:]]
-        seqlens = [len(prompt) for prompt in prompts]
-        ids = torch.tensor(list(chain.from_iterable(prompts)), device=device)
-        lens = torch.tensor(seqlens, device=device)
+        packing = pack_sequences([row.prompt for row in rows[first:]])
         self.cache.slots = torch.arange(first, len(rows), device=device)
-        logits = self.model(ids, seqlens, rows=lens.cumsum(0) - 1, cache=self.cache)
-        self.cache.length[first:len(rows)] = lens
+        logits = self.model(packing.ids.to(device), packing.seqlens, path=packing.path,
+                            rows=packing.last_rows().to(device), cache=self.cache)
+        self.cache.length[first:len(rows)] = torch.tensor(packing.seqlens, device=device)
         self.last[first:len(rows)] = logits[:, :self.n_ids].argmax(-1)
         return self.last[first:len(rows), None].tolist()
 

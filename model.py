@@ -1,7 +1,8 @@
 """A Llama-family decoder that reads Hugging Face folders, written to be read.
 
-Nothing is padded: a batch is `ids` (N,), all sequences end to end, and `seqlens`. Everything is
-(N, C); only attention knows where a sequence begins. Per block, with x the residual stream:
+Nothing is padded: a batch is `ids` (N,), all sequences end to end, and `seqlens`. Sequences that
+begin alike share the rows of their beginning; `path` says which (packing.py). Everything is (N, C);
+only attention knows where a sequence begins. Per block, with x the residual stream:
 
     q, k, v = q_proj(y), k_proj(y), v_proj(y)           y = RMSNorm(x); q and k rotated (RoPE)
     x = x + o_proj(softmax(q k^T / sqrt(D)) v)          causal within its own sequence
@@ -12,7 +13,7 @@ Nothing is padded: a batch is `ids` (N,), all sequences end to end, and `seqlens
 Module names are Hugging Face's, so a checkpoint loads without a rename map.
 Norms and rotary angles are computed in fp32 and rounded once to the model's dtype.
 
-Shape letters: N packed tokens, R rows asked for, B sequences, T longest sequence, S cache length,
+Shape letters: N rows, M tokens, R rows asked for, B sequences, T longest sequence, S cache length,
 C dim, H heads, KV key/value heads, D head_dim, V vocab, K anchors.
 """
 
@@ -373,33 +374,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layout:
-    """Where each packed token stands: in its sequence, and in attention's right-padded block.
+    """Where each row stands: in its sequences, and in attention's right-padded block.
 
-    It is worked out once a forward pass and shared by all layers.
+    A row is a token that is computed once; sequences that begin alike share the rows of their
+    beginning (packing.py). It is worked out once a forward pass and shared by all layers.
     """
 
-    def __init__(self, seqlens, device, start: Tensor | None = None):
-        """start (B,): the tokens each sequence has in the cache, when one more is decoded."""
+    def __init__(self, seqlens, device, path: Tensor | None = None, start: Tensor | None = None):
+        """path (M,), on the CPU: the row of each token, sequences end to end; None: none is shared.
+
+        start (B,): the tokens each sequence has in the cache, when one more is decoded.
+        """
         if start is not None:
             self.position = start  # decoding needs the positions alone
             return
         lens = torch.as_tensor(seqlens, device="cpu")
         self.B = len(lens)
         self.T = int(lens.max())
-        end = lens.cumsum(0)  # (B,) one past each sequence's last row
-        first = end - lens  # (B,) each sequence's first row
-        n_tokens = int(lens.sum())
-        b = torch.arange(self.B).repeat_interleave(lens)  # (N,) the sequence of each row
-        t = torch.arange(n_tokens) - first.repeat_interleave(lens)  # (N,) its position in it
-        cell = b * self.T + t
-        # A padding cell holds a copy of the first token. It comes behind every real token of its
-        # sequence, so causal attention never sees it.
+        M = int(lens.sum())
+        if path is None:
+            path = torch.arange(M)
+        assert len(path) == M, "seqlens must sum to the number of tokens"
+        N = int(path.max()) + 1
+        end = lens.cumsum(0)  # (B,) one past each sequence's last token
+        first = end - lens  # (B,) each sequence's first token
+        sequence = torch.arange(self.B).repeat_interleave(lens)  # (M,) the sequence of each token
+        place = torch.arange(M) - first.repeat_interleave(lens)  # (M,) its place in it
+        cell = sequence * self.T + place  # (M,) its cell of the padded block
+        # A padding cell holds a copy of row 0. It comes behind every real token of its sequence, so
+        # causal attention never sees it.
         fill = torch.zeros(self.B * self.T, dtype=torch.long)
-        fill[cell] = torch.arange(n_tokens)
-        self.cell = cell.to(device)  # (N,) indices into B * T: row -> cell
-        self.fill = fill.to(device)  # (B * T,) indices into N: cell -> row
+        fill[cell] = path
+        # The copies of a shared row have the same queries, keys and values before them, so they get
+        # the same result; the first one's is kept.
+        copy = torch.full((N,), M).scatter_reduce(0, path, torch.arange(M), "amin")
+        self.path = path.to(device)  # (M,) token -> row
+        self.copy = copy.to(device)  # (N,) row -> the first token that it serves
+        self.fill = fill.to(device)  # (B * T,) cell -> row
+        self.cell = cell[copy].to(device)  # (N,) row -> cell
+        self.sequence = sequence.to(device)
+        self.place = place.to(device)
         self.cu_seqlens = F.pad(end, (1, 0)).to(device, torch.int32)  # (B + 1,) for varlen_attn
-        self.position = t.to(device)
+        self.position = place[copy].to(device)  # (N,) for RoPE: a row's tokens have one place
 
     def cos_sin(self, inv_freq: Tensor, amplitude: float, dtype) -> tuple[Tensor, Tensor]:
         """amplitude times cos and sin of each token's rotary angles, (N, 1, D) each."""
@@ -428,8 +444,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     # torch 2.12 made enable_gqa a must; the kernel of 2.11 takes fewer KV heads without being told.
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
-    return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.T, layout.T,
-                       window_size=(-1, 0), **options)
+    q = q.index_select(0, layout.path)  # (M, H, D)
+    k = k.index_select(0, layout.path)  # (M, KV, D)
+    v = v.index_select(0, layout.path)  # (M, KV, D)
+    out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.T, layout.T,
+                      window_size=(-1, 0), **options)
+    return out.index_select(0, layout.copy)  # (N, H, D)
 
 
 class Attention(nn.Module):
@@ -529,17 +549,19 @@ class Llama(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
-    def forward(self, ids: Tensor, seqlens, rows: Tensor | None = None, cache=None) -> Tensor:
-        """ids (N,) int64 packed, seqlens ints that sum to N -> logits (R, V).
+    def forward(self, ids: Tensor, seqlens, rows: Tensor | None = None, cache=None,
+                path: Tensor | None = None) -> Tensor:
+        """ids (N,) int64 packed, seqlens ints that sum to M -> logits (R, V).
 
-        rows (R,) are indices into N, None for all. A generate.KVCache stores the keys and values of
-        whole prompts in the slots that cache.slots names; when that is None, each of the first N
-        slots is given one more token.
+        path (M,), on the CPU, are indices into N: the row of each token where sequences share rows
+        (packing.py); None: each token has its own, and M = N. rows (R,) are indices into N, None
+        for all. A generate.KVCache stores the keys and values of whole prompts in the slots that
+        cache.slots names; when that is None, each of the first N slots is given one more token.
         """
         decoding = cache is not None and cache.slots is None
         start = cache.length[:len(ids)] if decoding else None
-        layout = Layout(seqlens, ids.device, start)
-        assert len(layout.position) == len(ids), "seqlens must sum to the number of ids"
+        layout = Layout(seqlens, ids.device, path, start)
+        assert len(layout.position) == len(ids), "seqlens and path must fit the number of ids"
         h = self.model(ids, layout, cache)
         if rows is not None:
             h = h[rows]

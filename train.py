@@ -55,8 +55,9 @@ def make_sbr_step(model, tokenizer, args, data):
         ce = torch.zeros((), device=batch.device)
         safe = torch.zeros((), device=batch.device)
         for pack in batch.packs(anchors.ids):  # cut by token budget; the anchors in the first
-            with FinalNorm(model) as norm:  # catches h at every token, (N, C), as it passes
-                logits = model(pack.ids, pack.seqlens, rows=pack.supervised)  # (R, V)
+            with FinalNorm(model) as norm:  # catches h of every row, (N, C), as it passes
+                logits = model(pack.ids, pack.seqlens, path=pack.path,
+                               rows=pack.supervised)  # (R, V)
             ce_sum = F.cross_entropy(to_fp32(logits), pack.targets, reduction="sum")
             loss = ce_sum / batch.n_supervised  # the whole batch's count: no cut changes it
             if pack.anchor_rows is not None:

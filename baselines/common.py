@@ -51,7 +51,7 @@ class Defence:
 
 def nll(model, pack) -> Tensor:
     """Sum of the negative log likelihoods of a pack's supervised tokens, fp32."""
-    logits = model(pack.ids, pack.seqlens, rows=pack.supervised)  # (R, V)
+    logits = model(pack.ids, pack.seqlens, path=pack.path, rows=pack.supervised)  # (R, V)
     return F.cross_entropy(to_fp32(logits), pack.targets, reduction="sum")
 
 

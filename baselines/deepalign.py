@@ -77,7 +77,7 @@ def betas(example, beta: float) -> torch.Tensor:
 
 def log_probs(model, pack) -> torch.Tensor:
     """log pi of every supervised token of a pack (R,), fp32."""
-    logits = model(pack.ids, pack.seqlens, rows=pack.supervised)  # (R, V)
+    logits = model(pack.ids, pack.seqlens, path=pack.path, rows=pack.supervised)  # (R, V)
     return -F.cross_entropy(to_fp32(logits), pack.targets, reduction="none")
 
 

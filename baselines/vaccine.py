@@ -50,7 +50,8 @@ def perturbations(model, batch, layers: list[int], rho: float):
     """Pass 1 -> (e for each pack and layer, ||g||); leaves every .grad alone."""
     like = dict(dtype=model.dtype, device=model.device, requires_grad=True)
     gradients = []
-    for pack in batch.packs():
+    # Each token of each row is perturbed on its own, so no two rows may share a state.
+    for pack in batch.packs(share=False):
         z = [torch.zeros(len(pack.ids), model.config.dim, **like) for _ in layers]
         with added(model, layers, z):
             loss = nll(model, pack) / batch.n_supervised
@@ -67,7 +68,7 @@ def perturbed_backward(model, batch, layers: list[int], rho: float):
     """Both passes: adds the gradient of the perturbed loss to .grad -> numbers to log."""
     e, size = perturbations(model, batch, layers, rho)
     ce = 0.0
-    for pack, e_pack in zip(batch.packs(), e, strict=True):
+    for pack, e_pack in zip(batch.packs(share=False), e, strict=True):
         with added(model, layers, e_pack):
             loss = nll(model, pack) / batch.n_supervised
             loss.backward()

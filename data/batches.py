@@ -1,4 +1,4 @@
-"""Rows -> tokenised examples -> packed batches: nothing is padded, resuming needs no state.
+"""Rows -> tokenised examples -> packed batches: no padding, no token twice, no state to resume.
 
 A batch is a pure function of (seed, step). It is cut into packs by a budget of tokens; every term
 of the loss is divided by the whole batch's counts, so no cut changes the gradient.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model import UserError
+from packing import pack_sequences
 
 
 @dataclass
@@ -27,6 +28,11 @@ class Example:
     @property
     def targets(self) -> Tensor:
         return self.ids[self.predict + 1]
+
+    @property
+    def inputs(self) -> Tensor:
+        """The ids up to the last position that is supervised: no loss depends on those behind."""
+        return self.ids[:int(self.predict[-1]) + 1]
 
 
 def encode_rows(tokenizer, rows, max_len: int) -> tuple[list[Example], int]:
@@ -63,8 +69,9 @@ def naming(row: dict):
 class Pack:
     """One forward pass: sequences end to end, the examples first and then the anchors."""
 
-    ids: Tensor  # (N,)
-    seqlens: list[int]  # of each sequence, anchors included
+    ids: Tensor  # (N,) one row for each token that must be computed
+    path: Tensor  # (M,) the row of each token (packing.py); on the CPU, like seqlens
+    seqlens: list[int]  # of each sequence, anchors included; they sum to M
     supervised: Tensor  # (R,) rows of N whose next token is supervised: their logits are needed
     targets: Tensor  # (R,) those next tokens
     anchor_rows: Tensor | None  # (K,) rows of the anchors' last tokens; None: no anchors in here
@@ -83,34 +90,46 @@ class Batch:
         self.step = step  # the update that it belongs to
         self.n_supervised = sum(len(e.predict) for e in examples)
         self.n_tokens = sum(len(e.ids) for e in examples)
+        self.n_rows = 0  # rows of all passes so far, for the log
 
-    def packs(self, anchors: list[Tensor] = ()):
-        """Yields Packs. `anchors` are prompts (ids each); they ride in the first pack."""
-        group = []
+    def packs(self, anchors: list[Tensor] = (), share: bool = True):
+        """Yields Packs. `anchors` are prompts (ids each); they ride in the first pack.
+
+        share=False: no sequences share rows, for a defence that changes each one's states apart.
+        """
         anchors = list(anchors)
-        room = self.tokens_per_pass - sum(map(len, anchors))
+        for group in self.groups(room_for=sum(map(len, anchors))):
+            made = pack(group, anchors, self.device, share)
+            self.n_rows += len(made.ids)
+            yield made
+            anchors = []  # they rode in the first pack
+
+    def groups(self, room_for: int = 0):
+        """Yields the examples of each pass; in the first one room_for more tokens have room."""
+        group = []
+        room = self.tokens_per_pass - room_for
         for example in self.examples:
             if group and len(example.ids) > room:
-                yield pack(group, anchors, self.device)
+                yield group
                 group = []
-                anchors = []  # they rode in the first pack
                 room = self.tokens_per_pass
             group.append(example)
             room -= len(example.ids)
-        yield pack(group, anchors, self.device)
+        yield group
 
 
-def pack(examples: list[Example], anchors: list[Tensor], device) -> Pack:
+def pack(examples: list[Example], anchors: list[Tensor], device, share: bool = True) -> Pack:
     """Examples, then anchors, end to end."""
-    sequences = [e.ids for e in examples] + list(anchors)
-    seqlens = [len(ids) for ids in sequences]
-    end = torch.tensor(seqlens).cumsum(0)  # one past each sequence's last row
-    start = end - torch.tensor(seqlens)
-    supervised = [e.predict + start[i] for i, e in enumerate(examples)]
-    anchor_rows = (end[len(examples):] - 1).to(device) if anchors else None
+    packing = pack_sequences([e.inputs for e in examples] + list(anchors), share)
+    rows = packing.rows()  # of each sequence, (T,)
+    supervised = []
+    for example, its_rows in zip(examples, rows[:len(examples)], strict=True):
+        supervised.append(its_rows[example.predict])
+    anchor_rows = packing.last_rows()[len(examples):].to(device) if anchors else None
     return Pack(
-        ids=torch.cat(sequences).to(device),
-        seqlens=seqlens,
+        ids=packing.ids.to(device),
+        path=packing.path,
+        seqlens=packing.seqlens,
         supervised=torch.cat(supervised).to(device),
         targets=torch.cat([e.targets for e in examples]).to(device),
         anchor_rows=anchor_rows,

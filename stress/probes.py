@@ -33,6 +33,7 @@ from data import mixture
 from data.batches import Batch, encode_rows
 from lora import adapted, trainable
 from model import to_fp32
+from packing import pack_sequences
 
 N_PROBES = 64  # of each kind: our choice
 ALPHA = 0.1  # length of Booster's step (trainer.py:379-385)
@@ -120,7 +121,7 @@ def measure(model, probes: Probes) -> States:
 
 
 def attention_outputs(model, batch) -> list[torch.Tensor]:
-    """a_l (N, C) of every layer, over all packs of a batch; empty for an empty batch."""
+    """a_l (tokens, C) of every layer, over a whole batch; empty for an empty batch."""
     if not batch.examples:
         return []
     caught = [[] for _ in model.model.layers]
@@ -130,12 +131,19 @@ def attention_outputs(model, batch) -> list[torch.Tensor]:
             def catch(module, inputs, output, outputs=outputs):  # its own layer's list
                 outputs.append(to_fp32(output))
             handles.append(layer.self_attn.register_forward_hook(catch))
-        for pack in batch.packs():
-            model(pack.ids, pack.seqlens, rows=pack.supervised[:1])
+        paths = []
+        for group in batch.groups():  # of whole rows, the tokens behind the answer included
+            packing = pack_sequences([e.ids for e in group])
+            path = packing.path.to(model.device)
+            model(packing.ids.to(model.device), packing.seqlens, path=packing.path, rows=path[:1])
+            paths.append(path)
     finally:
         for handle in handles:
             handle.remove()
-    return [torch.cat(outputs) for outputs in caught]
+    per_token = []
+    for outputs in caught:
+        per_token.append(torch.cat([rows[path] for rows, path in zip(outputs, paths, strict=True)]))
+    return per_token
 
 
 # weights

@@ -37,7 +37,7 @@ def test_the_hook_catches_exactly_the_final_norms_output(exact):
     p, caught = next(exact.batch().packs()), []
     handle = exact.model.model.layers[-1].register_forward_hook(lambda m, i, o: caught.append(o))
     with FinalNorm(exact.model) as norm, torch.no_grad():
-        logits = exact.model(p.ids, p.seqlens)
+        logits = exact.model(p.ids, p.seqlens, path=p.path)
         h = norm.value
     handle.remove()
     (x,), w = caught, exact.model.model.norm.weight
@@ -61,10 +61,10 @@ def test_the_anchor_row_is_the_last_token_of_the_prompt_where_the_answer_would_s
     p = next(exact.batch().packs(anchors=exact.anchor_ids))
     header = exact.tokenizer.specials["<|assistant|>"]
     assert p.ids[p.anchor_rows].tolist() == [header] * 8
-    ends = torch.tensor(p.seqlens).cumsum(0)[-8:] - 1
-    assert torch.equal(p.anchor_rows, ends)
-    for row, ids in zip(p.anchor_rows.tolist(), exact.anchor_ids, strict=True):
-        assert torch.equal(p.ids[row + 1 - len(ids):row + 1], ids)
+    rows = p.path.split(p.seqlens)[-8:]
+    assert torch.equal(p.anchor_rows, torch.stack([its_rows[-1] for its_rows in rows]))
+    for its_rows, ids in zip(rows, exact.anchor_ids, strict=True):
+        assert torch.equal(p.ids[its_rows], ids)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_h_ref_is_the_same_alone_packed_with_others_and_in_any_order(setup):
         alone = torch.stack([last_state(model, ids) for ids in prompt_ids(tok, prompts)])
         p = next(setup.batch().packs(anchors=prompt_ids(tok, prompts)))
         with FinalNorm(model) as norm:
-            model(p.ids, p.seqlens)
+            model(p.ids, p.seqlens, path=p.path)
             among_rows = norm.value[p.anchor_rows]
     for h in (packed, among_rows):
         assert ((h - alone).norm() / alone.norm()).item() <= setup.same

@@ -148,8 +148,8 @@ def test_each_supervised_position_predicts_the_next_token_of_the_answer(tok):
 
 
 def make_examples(n=70):
-    """n examples of 2 to 12 tokens whose first id is their number."""
-    return [Example(torch.tensor([i] + [1000 + i] * (1 + i % 11)), torch.tensor([0]))
+    """n examples of 2 to 12 tokens whose first id is their number; the last one is supervised."""
+    return [Example(torch.tensor([i] + [1000 + i] * (1 + i % 11)), torch.tensor([i % 11]))
             for i in range(n)]
 
 
@@ -183,14 +183,14 @@ def test_an_epoch_holds_every_row_once_and_no_two_epochs_agree_on_the_order(size
 def test_the_cut_keeps_every_row_once_in_order_and_within_the_budget(budget):
     batch = Batch(make_examples(), budget, "cpu")
     packs = list(batch.packs())
-    rows = [e.ids for e in batch.examples]
-    assert torch.equal(torch.cat([p.ids for p in packs]), torch.cat(rows))
+    rows = [e.inputs for e in batch.examples]
+    assert torch.equal(torch.cat([p.ids[p.path] for p in packs]), torch.cat(rows))
     assert [n for p in packs for n in p.seqlens] == [len(ids) for ids in rows]
-    assert all(len(p.ids) == sum(p.seqlens) for p in packs)
-    assert all(len(p.ids) <= budget or len(p.seqlens) == 1 for p in packs)
+    tokens = [[len(e.ids) for e in p.examples] for p in packs]
+    assert all(sum(of_one) <= budget or len(of_one) == 1 for of_one in tokens)
     assert all(p.anchor_rows is None for p in packs)
     # no pack could have taken the next one's first row as well
-    assert all(len(a.ids) + b.seqlens[0] > budget for a, b in pairwise(packs))
+    assert all(sum(a) + b[0] > budget for a, b in pairwise(tokens))
 
 
 def test_the_supervised_rows_of_all_packs_are_the_batchs_and_point_before_their_targets(tok):
@@ -201,7 +201,12 @@ def test_the_supervised_rows_of_all_packs_are_the_batchs_and_point_before_their_
     assert batch.n_supervised == sum(len(e.predict) for e in examples)
     assert batch.n_tokens == sum(len(e.ids) for e in examples)
     for p in packs:
-        assert torch.equal(p.ids[p.supervised + 1], p.targets)
+        done = 0
+        for rows, e in zip(p.path.split(p.seqlens), p.examples, strict=False):  # then anchors
+            assert torch.equal(p.ids[rows], e.ids[:len(rows)])
+            assert torch.equal(p.supervised[done:done + len(e.predict)], rows[e.predict])
+            done += len(e.predict)
+        assert done == len(p.supervised)
     targets = torch.cat([p.targets for p in packs])
     assert torch.equal(targets, torch.cat([e.targets for e in examples]))
 
@@ -215,6 +220,7 @@ def test_anchors_ride_in_the_first_pack_only_and_their_rows_are_their_last_token
     assert first.seqlens[-3:] == [3, 1, 2]
     assert all(p.anchor_rows is None and (p.ids < 2000).all() for p in rest)
     rows = torch.cat([first.ids[:-6], *[p.ids for p in rest]])
-    assert torch.equal(rows, torch.cat([e.ids for e in make_examples()]))
+    assert torch.equal(rows, torch.cat([e.inputs for e in make_examples()]))
     # the anchors count towards the budget; a first row always rides, or nothing ever would
-    assert len(first.ids) <= budget or len(first.seqlens) == 4
+    tokens = 6 + sum(len(e.ids) for e in first.examples)
+    assert tokens <= budget or len(first.seqlens) == 4
