@@ -47,11 +47,13 @@ def open_chat(args, device, dtype):
 def say_once():
     """-> say(message): prints it to stderr, unless it was said before."""
     said = set()
+    lock = threading.Lock()  # requests run at once, and would say it at once
 
     def say(message: str) -> None:
-        if message not in said:
-            said.add(message)
-            print(message, file=sys.stderr)
+        with lock:
+            if message not in said:
+                said.add(message)
+                print(message, file=sys.stderr)
 
     return say
 

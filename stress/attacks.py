@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from anchors import encode, states
+from cli import text
 from data import mixture
 from lora import adapted, add_lora, train_whole_module
 from model import UserError, to_fp32
@@ -35,8 +36,10 @@ PROMPTS_A_PASS = 64  # of those whose h is compared with the anchors': our choic
 
 def add_flags(group) -> None:
     group.add_argument("--attack", choices=NAMES, help="beyond the upload's harmful rows")
-    group.add_argument("--attack-prefix", default="", help="text before harmful prompts, for affix")
-    group.add_argument("--attack-suffix", default="", help="text behind them")
+    group.add_argument("--attack-prefix", type=text, default="",
+                       help="text before harmful prompts, for affix")
+    group.add_argument("--attack-suffix", type=text, default="",
+                       help="text behind them")
 
 
 # what is trained

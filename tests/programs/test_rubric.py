@@ -10,6 +10,7 @@ import json
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -687,12 +688,42 @@ def test_a_training_whose_judge_never_answers_keeps_its_adapter_and_says_so(serv
     server = serve(always("no idea"))
     run = flags(make_inputs(here / "inputs"), out="run", judge="rubric", epochs=1,
                 judge_url=server.url)
-    assert train_py.main(run) == 0
+    assert train_py.main(run) == 3
     assert (here / "run" / "adapter_model.safetensors").exists()
-    said = capsys.readouterr().out
-    assert "harmful replies could be judged" in said and "python eval.py --run run" in said
+    assert (here / "run" / "result.json").exists()
+    said = capsys.readouterr()
+    assert "harmful replies could be judged" in said.out and "python eval.py --run run" in said.out
+    last = said.err.splitlines()[-1]
+    assert last.startswith("train.py: at epoch 1 none of the 4 harmful replies could be judged")
+    assert "python eval.py --run run" in last and "--resume" not in last
+    assert train_py.main([*run, "--resume"]) == 3  # it says so again
     server.answer = always("4")
     assert eval_py.main(["--run", "run", "--n-test", "2", "--device", "cpu"]) == 0
+
+
+def test_a_training_whose_judge_answers_at_the_end_exits_with_0(serve, here, capsys):
+    """The control: the first evaluation alone is not judged, and the table says so."""
+    server = serve(always("no idea"))
+    evaluate_first = train_py.evaluate
+
+    def then_it_answers(*args):
+        result = evaluate_first(*args)
+        server.answer = always("4")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_py, "evaluate", then_it_answers)
+        run = flags(make_inputs(here / "inputs"), out="run", judge="rubric", epochs=1,
+                    judge_url=server.url)
+        assert train_py.main(run) == 0
+    assert "epoch 0: none of the 4 harmful replies" in capsys.readouterr().out
+
+
+def test_what_many_requests_say_at_once_is_said_once(capsys):
+    say = rubric.say_once()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: say("the judge failed"), range(200)))
+    assert capsys.readouterr().err == "the judge failed\n"
 
 
 def plant_local(monkeypatch, said):
