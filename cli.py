@@ -4,6 +4,7 @@
 """
 
 import argparse
+import errno
 import math
 import sys
 from contextlib import contextmanager
@@ -78,6 +79,8 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+# Errors of the system that no further try can mend: a path means something else than it should.
+WRONG_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # torch's wordings
 
 
@@ -98,6 +101,10 @@ def exit_code(prog: str, work, resumable: bool = False) -> int:
         print(f"{prog}: {e}", file=sys.stderr)
         return 3
     except (OSError, SafetensorError) as e:  # safetensors' own for a full disk
+        if isinstance(e, OSError) and e.errno in WRONG_PATH:
+            print(f"{prog}: {e.filename} cannot be used ({e.strerror}); name another path, or put "
+                  "this one right.", file=sys.stderr)
+            return 2
         code = 3
         message = str(e)
     except (MemoryError, RuntimeError) as e:

@@ -16,7 +16,6 @@ as they come: an interrupted evaluation goes on, and another judge uses the same
     python eval.py --model DIR --task sst2       any model, with or without --adapter DIR
 """
 
-import hashlib
 import json
 import math
 import os
@@ -199,9 +198,9 @@ def column(records: list[dict], name: str) -> list:
 
 def nothing_judged(numbers: dict) -> str | None:
     """What a judge was asked and could say of no reply at all; None: nothing is missing."""
-    if numbers["unjudged"] and numbers["hs"] is None:
+    if numbers.get("unjudged") and numbers["hs"] is None:
         return f"none of the {numbers['unjudged']} harmful replies could be judged"
-    if numbers["uncompared"] and numbers["win_rate"] is None:
+    if numbers.get("uncompared") and numbers["win_rate"] is None:
         return f"none of the {numbers['uncompared']} answers could be compared"
     return None
 
@@ -329,7 +328,7 @@ def report(dir) -> str:
         if missing:
             remarks += (f"epoch {epoch}: {missing}; the adapter is not touched by it, and "
                         f"python eval.py --run {dir} asks the judge again\n")
-    digests = {numbers["tests_sha256"] for numbers in result["evals"].values()}
+    digests = {numbers.get("tests_sha256") for numbers in result["evals"].values()}
     if len(digests) > 1:
         remarks += "these evaluations asked different test files\n"
     return (f"{samples(read_lines(dir / 'generations.jsonl'))}\n\n"
@@ -555,15 +554,18 @@ def measure(subject: Subject, tests, judge: Judge, args: Args, dtype: str, out: 
 def keep_other(out: Path, name: str, settings: dict) -> None:
     """Renames an evaluation by other settings, so that the new one does not take its place.
 
-    Its files are then called <name>-<the first digits of a digest of its settings>.
+    Its files are then called <name>-<the first digits of the digest of its .json>.
     """
     path = out / f"{name}.json"
     if not path.exists():
         return
-    old = read_json(path).get("settings")  # None: of an older version
+    digest = sha256(path)[:8]
+    try:
+        old = read_json(path).get("settings")  # None: of an older version
+    except UserError:  # it is no evaluation at all, and is kept as well
+        old = None
     if old == json.loads(json.dumps(settings)):  # as they read back
         return
-    digest = hashlib.sha256(json.dumps(old).encode()).hexdigest()[:8]
     for suffix in (".jsonl", ".json"):
         if (out / f"{name}{suffix}").exists():
             os.replace(out / f"{name}{suffix}", out / f"{name}-{digest}{suffix}")

@@ -96,8 +96,13 @@ def json_line(value) -> str:
 
 def read_lines(path) -> list[dict]:
     """The objects of a .jsonl file that a program of this repository wrote."""
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path} cannot be read as JSON lines ({reason}); put the file "
+                        "back.") from None
 
 
 def sha256(*paths) -> str:

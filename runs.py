@@ -63,11 +63,14 @@ CHANGED = {
 }
 # Of these flags the value in worked_out is compared, not the one that was typed.
 COMPARED_AS_WORKED_OUT = {"device", "dtype", "rank", "alpha", "rslora"}
-# What eval.py reads of a run's flags.
+# What eval.py reads of a run's config.json.
 READ_AGAIN = {
-    "model", "adapter", "keep_adapter", "template_date", "anchors", "stage", "data", "data_dir",
-    "task", "n", "poison", "align_file", "epochs", "attack_prefix", "attack_suffix",
-    "harmful_file", "judge", "judge_model", "fa_rule", "max_new",
+    "args": {
+        "model", "adapter", "keep_adapter", "template_date", "anchors", "stage", "data",
+        "data_dir", "task", "n", "poison", "align_file", "epochs", "attack_prefix",
+        "attack_suffix", "harmful_file", "judge", "judge_model", "fa_rule", "max_new",
+    },
+    "worked_out": {"dtype", "anchor_prompts"},
 }
 RESULT = ("hs", "fa", "ce", "safe", "seconds", "tokens_per_second", "peak_bytes", "evals", "probes")
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
@@ -103,10 +106,11 @@ def read_settings(dir) -> dict:
     parts = ("args", "worked_out", "sha256")
     if not all(isinstance(settings.get(part), dict) for part in parts):
         raise UserError(f"{path} is not a run's; name a run's folder, or a new one for --out.")
-    missing = sorted(READ_AGAIN - settings["args"].keys())
-    if missing:
-        raise UserError(f"{path} has no {missing[0]} in args, expected every flag of a run; put "
-                        "the file back, or make the run again.")
+    for part, names in READ_AGAIN.items():
+        missing = sorted(names - settings[part].keys())
+        if missing:
+            raise UserError(f"{path} has no {missing[0]} in {part}, expected what a run writes; "
+                            "put the file back, or make the run again.")
     return settings
 
 
@@ -115,8 +119,11 @@ def read_result(dir) -> dict:
     path = Path(dir) / "result.json"
     result = read_json(path)
     missing = [name for name in RESULT if name not in result]
-    if not missing and not isinstance(result["evals"], dict):
-        missing = ["evals"]
+    if not missing:
+        evals = result["evals"]
+        is_whole = isinstance(evals, dict) and all(
+            isinstance(numbers, dict) and "hs" in numbers for numbers in evals.values())
+        missing = [] if is_whole else ["evals"]
     if missing:
         raise UserError(f"{path} has no {missing[0]}, expected the result of a run; put the file "
                         "back, or delete it and finish the run by train.py --resume.")
@@ -350,25 +357,25 @@ def defence_state(step_fn) -> dict[str, torch.Tensor]:
 def restore(path: Path, model, optimizer, step_fn) -> tuple[int, Progress, dict]:
     """Weights, Adam's state and the defence's -> (next step, what was done, .jsonl sizes)."""
     try:
-        file = safe_open(path, "pt")
-    except SafetensorError as e:
-        raise UserError(f"{path} is not a checkpoint ({e}); pass another --out.") from None
-    with file as f:
-        about = json.loads((f.metadata() or {}).get("run", "null"))
-        if about is None:
-            raise UserError(f"{path} is not a checkpoint; pass another --out.")
-        names = set(f.keys())
-        for name, p in adapter_params(model).items():
-            p.data.copy_(f.get_tensor(name))
-            for key in ADAM_STATE:
-                if f"{key}/{name}" in names:  # there is none where nothing was updated yet
+        with safe_open(path, "pt") as f:
+            about = json.loads(f.metadata()["run"])
+            names = set(f.keys())
+            for name, p in adapter_params(model).items():
+                p.data.copy_(f.get_tensor(name))
+                for key in ADAM_STATE:
+                    if f"{key}/{name}" not in names:  # where nothing was updated yet
+                        continue
                     # A copy: get_tensor's memory is the mapped file, whose place on the disk is
                     # not freed while such a tensor lives, though the file is long replaced.
                     in_the_file = f.get_tensor(f"{key}/{name}")
                     optimizer.state[p][key] = in_the_file.to(p.device, copy=True)
-        for name, tensor in defence_state(step_fn).items():
-            tensor.copy_(f.get_tensor(f"defence/{name}"))
-    return about["step"], Progress(**about["done"]), about["sizes"]
+            for name, tensor in defence_state(step_fn).items():
+                tensor.copy_(f.get_tensor(f"defence/{name}"))
+        return about["step"], Progress(**about["done"]), about["sizes"]
+    # What the file says of itself is missing, or is no JSON, or is something else.
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is not a checkpoint of this run ({e}); put the file back, or pass "
+                        "another --out.") from None
 
 
 class Log:

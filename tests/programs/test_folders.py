@@ -19,11 +19,14 @@ import pytest
 import torch
 from helpers import ROOT, edit_json, tensors_of, write_tensors
 from runs_helpers import flags, program, sentences, tree, write_rows
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import eval as eval_py
 import files as files_py
 import merge as merge_py
 import train as train_py
+from bench import decode, loading
 from data import prepare as prepare_py
 from lora import adapter_params, add_lora, trainable
 from model import load_model
@@ -307,8 +310,8 @@ def test_a_restored_checkpoint_is_not_kept_open_so_that_its_place_is_freed(input
     moments = [optimizer.state[p]["exp_avg"] for p in adapter_params(model).values()]
     assert len(moments) > 5 and all(moment.any() for moment in moments)
     assert on_disk_and_mapped(finished) == []
-    import safetensors  # the control: a tensor as it comes does keep it
-    with safetensors.safe_open(finished / "state.safetensors", "pt") as f:
+    # the control: a tensor as it comes does keep it
+    with safe_open(finished / "state.safetensors", "pt") as f:
         kept = f.get_tensor(next(iter(f.keys())))
     assert on_disk_and_mapped(finished) and kept is not None
 
@@ -474,6 +477,8 @@ def cut(name, **changes):
 
 
 DAMAGES = {
+    "an evaluation without numbers": (cut("result.json", evals={"0": {}}), "evals"),
+    "nothing worked out": (cut("config.json", worked_out={}), "config.json"),
     "an empty result": (lambda run: (run / "result.json").write_text("{}"), "result.json"),
     "a result without evaluations": (cut("result.json", evals=None), "evals"),
     "evaluations in a list": (cut("result.json", evals=[1]), "evals"),
@@ -504,6 +509,55 @@ def test_a_damaged_file_of_a_run_is_named_by_every_program_that_reads_it(
         check_said(code, word)
 
 
+def checkpoint_with(run, metadata=None, without=None):
+    """The checkpoint with other metadata, or without a tensor; the run is then unfinished."""
+    path = run / "state.safetensors"
+    with safe_open(path, "pt") as f:
+        kept = f.metadata()
+    tensors = {name: t for name, t in load_file(path).items() if name != without}
+    save_file(tensors, path, kept if metadata is None else metadata)
+    (run / "result.json").unlink()
+
+
+B = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda run: checkpoint_with(run, {"run": "{}"}), "step"),
+    (lambda run: checkpoint_with(run, {"run": "{"}), "is not a checkpoint"),
+    (lambda run: checkpoint_with(run, {}), "is not a checkpoint"),
+    (lambda run: checkpoint_with(run, without=B), B),
+    (lambda run: (run / "generations.jsonl").unlink(), "generations.jsonl cannot be read"),
+    (lambda run: (run / "generations.jsonl").write_text("{"), "generations.jsonl cannot be read")],
+    ids=["no step", "half of its text", "no text", "a tensor less", "no records", "no JSON"])
+def test_a_damaged_file_is_named_when_the_run_is_to_go_on_or_to_be_shown(
+        inputs, here, finished, check_said, damage, words):
+    run = shutil.copytree(finished, here / "run")
+    damage(run)
+    check_said(train_py.main(flags(inputs, out=run, resume=True)), words, "put the file back")
+
+
+def test_a_file_that_is_no_evaluation_is_kept_beside_the_new_one(inputs, here, finished):
+    run = shutil.copytree(finished, here / "run")
+    (run / "eval-refusal.json").write_text("{")
+    assert eval_py.main(["--run", "run", "--n-test", "2", "--device", "cpu"]) == 0
+    kept, = run.glob("eval-refusal-*.json")
+    assert kept.read_text() == "{"
+    assert json.loads((run / "eval-refusal.json").read_text())["judge"] == "refusal"
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("changes", [
+    {"model": LONG}, {"adapter": LONG}, {"data": LONG}, {"data_dir": LONG},
+    {"harmful_file": LONG}, {"anchor_file": LONG}, {"align_file": LONG, "defense": "lisa"}],
+    ids=lambda changes: next(iter(changes)))
+def test_a_path_to_read_that_can_be_none_is_the_users_mistake(inputs, here, check_said, changes):
+    check_said(train_py.main(flags(inputs, **changes)), LONG, "File name too long", "name a")
+    assert not any(here.iterdir())
+
+
 def test_the_long_table_of_other_epochs_than_those_that_were_probed_has_a_dash(capsys):
     rates = {"0": 1.0, "7": 40.0}
     rows = [{"name": "sft", "hs": rates, "probes": {"0": {"drift": 0.5}}}]
@@ -512,8 +566,6 @@ def test_the_long_table_of_other_epochs_than_those_that_were_probed_has_a_dash(c
 
 
 def test_bench_programs_end_with_2_and_one_sentence_as_all_do(check_said):
-    from bench import decode, loading
-
     check_said(code_of(decode.main, ["--n", "many"]), "bench.decode: ", "--n", "many")
     check_said(code_of(decode.main, ["--model", "absent"]), "bench.decode: ", "absent")
     check_said(code_of(loading.main, ["--gb", "-1"]), "bench.loading: ", "--gb")
@@ -529,16 +581,15 @@ def test_json_that_is_nested_without_end_is_refused_by_prepare(here, check_said)
     check_said(code_of(prepare_py.main, ["--out", "data", "--gsm8k", "gsm8k"]), "train.jsonl")
 
 
-def test_programs_start_without_their_docstrings():
+@pytest.mark.parametrize("parse", [
+    lambda: train_py.parse([]), lambda: eval_py.parse([]), lambda: schedule.parse(["table"]),
+    lambda: prepare_py.parse(["--out", "x"]), lambda: decode.parse([]), lambda: loading.parse([])],
+    ids=["train", "eval", "schedule", "prepare", "decode", "loading"])
+def test_programs_start_without_their_docstrings(monkeypatch, parse):
     """As python -OO starts them."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    code = ("import train, eval, merge; from stress import schedule; from data import prepare; "
-            "from bench import decode, loading; train.parse([]); eval.parse([]); "
-            "schedule.parse(['table']); prepare.parse(['--out', 'x']); decode.parse([]); "
-            "loading.parse([])")
-    done = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, env=env, text=True,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
+    for module in (train_py, eval_py, schedule, prepare_py, decode, loading):
+        monkeypatch.setattr(module, "__doc__", None)
+    assert len(vars(parse())) >= 3
 
 
 def test_out_of_memory_in_an_evaluation_is_not_blamed_on_the_update(
