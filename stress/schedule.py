@@ -8,7 +8,8 @@
     python -m stress.schedule grid         attack strength: learning rate x epochs
 
 A run is `python train.py ...` in <out>/<list>/<name>, its alignment stage in <out>/aligned/<name>;
-a finished one is not made again. --jobs run at once, each with one thread. Prints a table;
+a finished one is not made again. --jobs run at once, each with one thread; where this program is
+killed they go on, and it can be started again when they have ended. Prints a table;
 <out>/<list>.json holds the numbers and the commands of every row. Flags after -- go to every run:
 `--out runs/qwen -- --model qwen --data-dir DATA`.
 
