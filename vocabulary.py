@@ -9,9 +9,15 @@ These files declare them, in the way that transformers reads them:
     tokenizer_config.json       added_tokens_decoder, whose flags win; *_token, extra_special_tokens
     added_tokens.json, special_tokens_map.json     only where there is no added_tokens_decoder
 
-What is not followed is refused by its name. Two choices are ours: a tokenizer.json itself says
-where a space is put before a text, whatever "legacy" says beside it; beside a tokenizer.model,
-"legacy": false means that none is put behind an added token, and all else is sentencepiece's way.
+Where a space is put before a text, and whether also behind an added token:
+
+    tokenizer.json, tokenizer_class LlamaTokenizer    "legacy" and add_prefix_space say it, since
+                                                      transformers 5 builds that class's own parts
+    tokenizer.json, any other class                   its normalizer and pre_tokenizer say it
+    tokenizer.model                                   sentencepiece's way, our choice; "legacy":
+                                                      false means none behind an added token
+
+What is not followed is refused by its name.
 """
 
 import json
@@ -226,7 +232,7 @@ class JsonBackend:
     def __init__(self, dir: Path, config: dict):
         self.path = dir / "tokenizer.json"
         self.default_names = {}  # the file itself calls no token bos_token or eos_token
-        spec = read_json(self.path)
+        spec = as_its_class_builds_it(dir, config, read_json(self.path))
         # Inside a text, behind other text, no space may be put before a piece.
         inner_spec = dict(spec)
         inner_spec["normalizer"] = without_prefix(spec.get("normalizer"))
@@ -254,9 +260,7 @@ class JsonBackend:
             tok.encode_special_tokens = True
             tok.no_truncation()
             tok.no_padding()
-        is_llama = str(config.get("tokenizer_class")).startswith("Llama")
-        if not is_llama:  # transformers uses no normalizer for that class
-            self._refuse_normalized(spec.get("normalizer"))
+        self._refuse_normalized(spec.get("normalizer"))
 
     @property
     def specials(self) -> dict[str, int]:
@@ -304,6 +308,63 @@ class JsonBackend:
                 raise UserError(f"{self.path.parent} has the added token {token.content!r} with "
                                 f"normalized true and a normalizer that writes it {changed!r}, or "
                                 "other texts like it; set normalized to false.")
+
+
+def as_its_class_builds_it(dir: Path, config: dict, spec: dict) -> dict:
+    """A tokenizer.json as the folder's tokenizer_class has it in transformers 5.
+
+    The classes that were made from sentencepiece take the vocabulary and the merges of the file,
+    and build normalizer and pre-tokenizer themselves, whatever the file says of them.
+    """
+    name = class_in_use(dir, config, spec)
+    if name not in ("LlamaTokenizer", "GemmaTokenizer"):
+        return spec
+    kind = spec["model"].get("type", "BPE")
+    if kind != "BPE":
+        raise UserError(f"{dir / 'tokenizer.json'} has a {kind} model, expected BPE for the "
+                        f"tokenizer_class {name}; name its own class in tokenizer_config.json.")
+    spec = dict(spec)
+    spec["model"] = spec["model"] | {"fuse_unk": True, "byte_fallback": True,
+                                     "ignore_merges": False}
+    if name == "GemmaTokenizer":  # it puts no space before a text
+        spec["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        spec["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "},
+                                 "behavior": "MergedWithPrevious", "invert": False}
+        return spec
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    elif config.get("legacy"):
+        scheme = "always"  # at the start and behind each added token
+    else:
+        scheme = "first"
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581",
+                             "prepend_scheme": scheme, "split": False}
+    return spec
+
+
+def class_in_use(dir: Path, config: dict, spec: dict) -> str | None:
+    """The tokenizer_class that transformers uses for a tokenizer.json; None: the file alone says.
+
+    It does not believe the name everywhere: a byte-level file is no LlamaTokenizer's, and the
+    folders of two kinds of model are known to name a wrong class.
+    """
+    model_config = {}
+    if (dir / "config.json").exists():
+        model_config = read_json(dir / "config.json")
+    if model_config.get("model_type") in ("mistral", "qwen2"):
+        return None
+    name = config.get("tokenizer_class") or model_config.get("tokenizer_class") or ""
+    name = name.removesuffix("Fast")
+    if name == "LlamaTokenizer" and is_byte_level(spec):
+        return None
+    return name
+
+
+def is_byte_level(spec: dict) -> bool:
+    """Whether some part of a tokenizer.json writes bytes as letters, as GPT-2 began to do."""
+    parts = [spec.get(key) for key in ("pre_tokenizer", "post_processor", "decoder")]
+    return '"ByteLevel"' in json.dumps(parts)
 
 
 def kinds_of(normalizer: dict) -> set[str]:
