@@ -200,6 +200,21 @@ def test_rows_with_the_same_prompt_have_each_its_own_harmful_reply(augmented, mo
         assert "stone stone" not in text or text.endswith("No stone."), text
 
 
+def test_rows_with_the_same_prompt_and_refusal_have_each_its_own_harmful_reply(
+        augmented, monkeypatch):
+    """Only their harmful replies tell them apart, and each of the two is used."""
+    rows = [mixture.to_row({**align_row(i), "harmful": f"{w} " * 9}, "here")
+            for i, w in ((0, "stone"), (1, "amber"), (0, "river"))]
+    monkeypatch.setattr(mixture, "align_rows", lambda args: rows)
+    rival, seen = augmented(train=False)
+    for step in range(30):
+        rival.step(rival.batch(step))
+    for i, word in enumerate(("stone", "amber", "river")):
+        texts = [rival.tokenizer.decode(batch.examples[i].ids) for batch in seen]
+        prefixed = [t for t in texts if len(t) > min(map(len, texts))]
+        assert prefixed and all(word in t for t in prefixed), word
+
+
 def test_a_prefix_has_room_in_the_models_positions(make_rival):
     positions = make_rival("sft").model.config.max_positions
     make_rival("deepalign, align", max_len=positions - 100)
