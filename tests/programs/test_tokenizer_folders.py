@@ -534,7 +534,7 @@ REFUSED = {  # the folder, and what the sentence names
     "added_tokens.json without numbers": (
         lambda f: beside(save(f), "added_tokens.json", {"<tool>": "7"}), ["added_tokens.json"]),
     "a name that is no text": (lambda f: save(f, additional_special_tokens=[7]),
-                               ["special token 7"]),
+                               ["additional_special_tokens", "7"]),
     "a damaged special_tokens_map.json": (
         lambda f: beside(save(f), "special_tokens_map.json", "{"), ["special_tokens_map.json"]),
     "templates without a default": (
