@@ -34,6 +34,9 @@ from torch.utils.checkpoint import checkpoint
 class UserError(Exception):
     """The user's mistake, in one sentence: what was given, what is expected, what to do."""
 
+    def __init__(self, sentence: str):
+        super().__init__(sentence.replace("\n", " "))  # a library's words in it may have lines
+
 
 @dataclass
 class Family:
@@ -94,6 +97,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}, expected an object")
+        json.dumps(value, ensure_ascii=False).encode()  # ValueError for half a surrogate pair
         return value
     except (OSError, ValueError, RecursionError) as e:
         reason = getattr(e, "strerror", None) or e

@@ -503,6 +503,10 @@ ADAPTER_FAULTS = {
     "a layer too many": (settings(layers_to_transform=[0]), "does not fit", "layers.1"),
     "no LoRA": (settings(peft_type="IA3"), "IA3"),
     "another model's targets": (settings(target_modules=["c_attn"]), "does not fit"),
+    "weights as integers": (adapter_tensors(lambda t: t.update({A: torch.ones(2, 32).int()})),
+                            "int32", A),
+    "a NaN": (adapter_tensors(lambda t: t[A][0].fill_(float("nan"))), A, "NaN"),
+    "an infinity": (adapter_tensors(lambda t: t[A][0].fill_(float("-inf"))), A, "infinite"),
     "alpha in words": (settings(lora_alpha="big"), "lora_alpha"),
 }
 

@@ -233,6 +233,16 @@ def test_control_the_numbers_of_the_folder_are_accepted(place):
     use_adapter(place)
 
 
+@pytest.mark.parametrize("name", ["model/config.json", "model/tokenizer.json",
+                                  "model/tokenizer_config.json", "adapter/adapter_config.json"])
+def test_half_a_surrogate_pair_is_refused_by_its_file(place, name):
+    """JSON can write what is no text: a library further in would fail on it."""
+    edit_json(place / name, note="\ud83d")
+    with pytest.raises(UserError, match=f"{name} cannot be read as JSON .*surrogates"):
+        use_all(place)
+        use_adapter(place)
+
+
 # ---------------------------------------------------------------------------------------------
 # templates that fail in ways of their own
 
