@@ -621,8 +621,9 @@ def test_far_with_fewer_rows_to_choose_from_than_it_needs_is_refused(many, capsy
 
 @pytest.mark.parametrize("changes, word", [
     ({"anchors": 0}, "anchors"), ({"poison": 0}, "--poison"),
+    ({"poison": 0.04}, "--poison 0.04 of --n 12 are none"),
     ({"data": "upload.jsonl", "poison": None, "n": None, "task": "sst2"}, "--data")],
-    ids=["no anchors", "no harmful rows", "own upload"])
+    ids=["no anchors", "no harmful rows", "harmful rows that round to none", "own upload"])
 def test_far_with_nothing_to_choose_or_to_be_far_from_is_refused(
         inputs, capsys, tmp_path, changes, word):
     if "data" in changes:

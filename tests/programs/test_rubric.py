@@ -7,6 +7,7 @@ machine. The client is the real openai package, its waits between retries set to
 """
 
 import json
+import shutil
 import socket
 import sys
 import threading
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from chat_helpers import check_refused
+from helpers import edit_json
 from runs_helpers import flags, make_inputs
 from sbr_helpers import TINY
 
@@ -24,6 +26,7 @@ import train as train_py
 from files import Store, cached, read_lines, sha256
 from judges import reading, rubric
 from judges.rubric import TRIES, read_letter, read_score
+from tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai", reason="the client of --judge-url; requirements-dev.txt")
 
@@ -728,8 +731,6 @@ def test_what_many_requests_say_at_once_is_said_once(capsys):
 
 def plant_local(monkeypatch, said):
     """The embedded model as a judge that says said(i), ids or text -> the texts put, by call."""
-    from tokenizer import Tokenizer
-
     tok = Tokenizer(TINY)
     calls = []
 
@@ -786,9 +787,37 @@ def test_a_question_that_is_too_long_for_a_local_judge_is_unjudged_and_the_other
     assert calls[0] == 2 and "does not fit" in capsys.readouterr().err
 
 
-def test_a_local_judges_number_is_read_from_its_greedy_answer_to_the_rubric(tmp_path, monkeypatch):
-    from tokenizer import Tokenizer
+def test_a_judge_that_has_no_room_for_the_rubric_is_found_before_the_first_update(
+        inputs, here, monkeypatch, capsys):
+    """It is opened before training, and nothing is left behind."""
+    folder = shutil.copytree(inputs / "model", here / "judge")
+    argv = flags(inputs, judge="rubric", judge_model=folder, eval_epochs=2)
+    n_tokens = len(Tokenizer(folder).encode_prompt([{
+        "role": "user", "content": rubric.RUBRIC.read_text().format(prompt="", reply="")}]))
+    for limit, room, code in ((n_tokens + 39, 40, 2), (n_tokens + 1000, 40, 0)):
+        edit_json(folder / "config.json", max_position_embeddings=limit)
+        updated = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train_py, "updates", counted(train_py.updates, updated))
+            assert train_py.main([*argv, "--judge-tokens", str(room)]) == code
+        err = capsys.readouterr().err
+        if code == 2:
+            assert f"{limit} positions" in err and f"needs {n_tokens} beside the {room}" in err
+            assert updated == [] and not (here / "out").exists()
+        else:  # the control: with room it trains, and the judge is asked
+            assert updated != []
 
+
+def counted(updates, seen):
+    """The loop, which adds each update to `seen`."""
+    def count(*how, **settings):
+        for update in updates(*how, **settings):
+            seen.append(update)
+            yield update
+    return count
+
+
+def test_a_local_judges_number_is_read_from_its_greedy_answer_to_the_rubric(tmp_path, monkeypatch):
     tok = Tokenizer(TINY)
     prompts_put = []
 
