@@ -4,8 +4,10 @@
 """
 
 import argparse
+import errno
 import math
 import sys
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +16,7 @@ from model import UserError
 
 
 class RunFailed(Exception):
-    """The run could not go on; its folder is kept and can be resumed. Exit code 3."""
+    """The work could not be done; the message says what is kept and what to do. Exit code 3."""
 
 
 class Args(argparse.Namespace):
@@ -57,13 +59,28 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=Help)
 
     def parse_args(self, argv=None) -> Args:
-        return frozen(vars(super().parse_args(argv)))
+        args = frozen(vars(super().parse_args(argv)))
+        for action in self._actions:
+            self._check_text(action, getattr(args, action.dest, None))
+        return args
+
+    def _check_text(self, action, value) -> None:
+        """Ends the program where a value is no text, or is empty and should be a name or a path."""
+        if not isinstance(value, str):
+            return
+        flag = " or ".join(action.option_strings) or action.dest
+        if any("\ud800" <= c <= "\udfff" for c in value):  # how Python shows a stray byte
+            self.error(f"{flag} is not valid text; pass it in the terminal's encoding")
+        if value == "" and action.type is not text:
+            self.error(f"{flag} was given an empty value; leave it out, or name what is meant")
 
     def error(self, message):
         print(f"{self.prog}: {message} (--help lists the options).", file=sys.stderr)
         sys.exit(2)
 
 
+# Errors of the system that no further try can mend: a path means something else than it should.
+WRONG_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # torch's wordings
 
 
@@ -80,7 +97,14 @@ def exit_code(prog: str, work, resumable: bool = False) -> int:
     except KeyboardInterrupt:
         code = 130
         message = "interrupted"
-    except (RunFailed, OSError, SafetensorError) as e:  # safetensors' own for a full disk
+    except RunFailed as e:
+        print(f"{prog}: {e}", file=sys.stderr)
+        return 3
+    except (OSError, SafetensorError) as e:  # safetensors' own for a full disk
+        if isinstance(e, OSError) and e.errno in WRONG_PATH:
+            print(f"{prog}: {e.filename} cannot be used ({e.strerror}); name another path, or put "
+                  "this one right.", file=sys.stderr)
+            return 2
         code = 3
         message = str(e)
     except (MemoryError, RuntimeError) as e:
@@ -89,7 +113,7 @@ def exit_code(prog: str, work, resumable: bool = False) -> int:
         code = 3
         message = "out of memory"
         if resumable:
-            message += "; try a smaller --tokens-per-pass"
+            message += "; an update needs less with a smaller --tokens-per-pass or --recompute"
     if resumable:
         message += "; what was saved is kept, and --resume goes on from there."
     print(f"{prog}: {message}", file=sys.stderr)
@@ -102,6 +126,22 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     text = str(error).lower()
     return any(wording in text for wording in OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_for(what: str, advice: str):
+    """Out of memory in this block becomes RunFailed, which says what needed it and what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise RunFailed(f"out of memory in {what}; {advice}.") from e
+
+
+def text(value: str) -> str:
+    """An argparse type: a text, which may be empty; a value without a type is a name or a path."""
+    return value
 
 
 def at_least(kind, low, above: bool = False, at_most=math.inf):

@@ -18,21 +18,47 @@ as they come: an interrupted evaluation goes on, and another judge uses the same
 
 import json
 import math
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import COUNT, TINY, Args, Parser, RunFailed, at_least, exit_code, frozen
+from cli import (
+    COUNT,
+    TINY,
+    Args,
+    Parser,
+    RunFailed,
+    at_least,
+    exit_code,
+    frozen,
+    memory_for,
+)
 from data import mixture
 from data.tasks import LABELS, RULES, TASKS, check_rule, read_label
 from device import add_device_flags, device_and_dtype
-from files import Store, json_line, read_lines, sha256, write_atomic
+from files import (
+    Store,
+    json_line,
+    locked,
+    make_folder,
+    names_in,
+    read_lines,
+    sha256,
+    write_atomic,
+)
 from generate import generate, load_aligned
 from judges import JUDGES, Judge, is_degenerate, is_refusal, open_judge
 from lora import load_adapter
 from model import Llama, UserError, read_json
-from runs import read_settings, weight_paths
+from runs import (
+    CHANGED,
+    read_result,
+    read_settings,
+    upload_paths,
+    weight_paths,
+)
 from tokenizer import DATE, Tokenizer
 
 # How replies are asked for and judged where neither flags nor a run say otherwise.
@@ -40,6 +66,12 @@ DEFAULTS = {
     "judge": "refusal", "judge_max_len": 256, "judge_name": "gpt-4o", "judge_tokens": 2048,
     "fa_rule": "exact", "max_new": 128,
 }
+
+# Flags that a number depends on, besides the digests of weights and tests.
+ASKED = (
+    "task", "n_test", "max_new", "fa_rule", "template_date", "attack_prefix", "attack_suffix",
+    "judge", "judge_model", "judge_url", "judge_name", "judge_max_len", "judge_tokens",
+)
 
 
 # replies and verdicts
@@ -166,11 +198,21 @@ def column(records: list[dict], name: str) -> list:
 
 def nothing_judged(numbers: dict) -> str | None:
     """What a judge was asked and could say of no reply at all; None: nothing is missing."""
-    if numbers["unjudged"] and numbers["hs"] is None:
+    if numbers.get("unjudged") and numbers["hs"] is None:
         return f"none of the {numbers['unjudged']} harmful replies could be judged"
-    if numbers["uncompared"] and numbers["win_rate"] is None:
+    if numbers.get("uncompared") and numbers["win_rate"] is None:
         return f"none of the {numbers['uncompared']} answers could be compared"
     return None
+
+
+def unjudged_at_the_end(dir) -> str | None:
+    """What a finished run's last evaluation lacks altogether; None: nothing."""
+    evals = read_result(dir)["evals"]
+    if not evals:
+        return None
+    epoch = list(evals)[-1]
+    missing = nothing_judged(evals[epoch])
+    return f"at epoch {epoch} {missing}" if missing else None
 
 
 def mean_score(judged: list[dict]) -> float | None:
@@ -276,7 +318,7 @@ def one_line(text: str, width: int = 90) -> str:
 def report(dir) -> str:
     """What a finished run ends with: replies before and after, rates, drift, speed, files."""
     dir = Path(dir)
-    result = read_json(dir / "result.json")
+    result = read_result(dir)
     n_anchors = read_settings(dir)["args"]["anchors"]
     held = result["safe"] is not None and n_anchors > 0
     safe = f"{result['safe']:.3g}" if held else "-"
@@ -286,7 +328,7 @@ def report(dir) -> str:
         if missing:
             remarks += (f"epoch {epoch}: {missing}; the adapter is not touched by it, and "
                         f"python eval.py --run {dir} asks the judge again\n")
-    digests = {numbers["tests_sha256"] for numbers in result["evals"].values()}
+    digests = {numbers.get("tests_sha256") for numbers in result["evals"].values()}
     if len(digests) > 1:
         remarks += "these evaluations asked different test files\n"
     return (f"{samples(read_lines(dir / 'generations.jsonl'))}\n\n"
@@ -325,7 +367,8 @@ def parse(argv=None) -> Args:
     p.add_argument("--task", choices=TASKS, help="the task whose accuracy is FA")
     p.add_argument("--data-dir", help=f"folder with the tests (default: the run's, or {TINY})")
     p.add_argument("--n-test", type=COUNT, default=1000, help="test prompts of a kind at most")
-    p.add_argument("--template-date", default=DATE, help="today, for --model's chat template")
+    p.add_argument("--template-date",
+                   help=f"today, for --model's chat template (default {DATE})")
     p.add_argument("--out", help="folder (default: the run's, or runs/eval-<model>)")
     add_eval_flags(p)
     add_device_flags(p)
@@ -334,6 +377,9 @@ def parse(argv=None) -> Args:
         raise UserError("--run and --model were both given; pass the one to evaluate.")
     if args.adapter and not args.model:
         raise UserError("--adapter was given without --model; name the model it was trained on.")
+    if args.template_date and not args.model:
+        raise UserError("--template-date was given without --model, and a run has its own; drop "
+                        "it, or name --model and --adapter.")
     return args
 
 
@@ -343,7 +389,7 @@ class Subject:
 
     model: Llama
     tokenizer: Tokenizer
-    weights: list[Path]  # the files that its replies depend on
+    weights: dict[str, str]  # digests of the files that its replies depend on, by kind
     seen: list[dict]  # rows that it was trained on, and its anchors: none of them may be a test
     epoch: int  # how many epochs it was trained for
 
@@ -376,7 +422,8 @@ def fill_from_run(args: Args, dir: Path, settings: dict) -> Args:
 def fill_for_model(args: Args) -> Args:
     """The flags with what was left out taken from DEFAULTS."""
     out = Path("runs") / f"eval-{Path(args.model).resolve().name}"
-    filled = fill_missing(args, DEFAULTS | {"data_dir": TINY, "out": str(out)})
+    defaults = DEFAULTS | {"data_dir": TINY, "out": str(out), "template_date": DATE}
+    filled = fill_missing(args, defaults)
     return filled.replace(attack_prefix="", attack_suffix="")
 
 
@@ -391,12 +438,13 @@ def load_run(dir: Path, settings: dict, device, dtype) -> Subject:
     run_args = frozen(settings["args"])
     # With --keep-adapter the run's own adapter already contains the one that it started from.
     base_adapter = None if run_args.keep_adapter else run_args.adapter
+    own = [dir / "adapter_config.json", dir / "adapter_model.safetensors"]
+    check_trained(dir, own)
+    weights = digests(weight_paths(run_args.model, base_adapter))
+    check_unchanged(dir, settings, weights | digests(seen_paths(run_args)))
     model = load_aligned(run_args.model, device, dtype, base_adapter)
     load_adapter(model, dir)
-    weights = []
-    for paths in weight_paths(run_args.model, base_adapter).values():
-        weights += paths
-    weights += [dir / "adapter_config.json", dir / "adapter_model.safetensors"]
+    weights["run"] = sha256(*own)
     harmful, benign, _ = mixture.load_upload(run_args)
     seen = harmful + benign
     for prompt in settings["worked_out"]["anchor_prompts"]:
@@ -405,12 +453,40 @@ def load_run(dir: Path, settings: dict, device, dtype) -> Subject:
     return Subject(model, tokenizer, weights, seen, run_args.epochs)
 
 
+def check_trained(dir: Path, own: list[Path]) -> None:
+    """UserError for a run that has no adapter yet; own: the adapter's files."""
+    finish = "train.py with its flags (config.json has them) and --resume"
+    if not all(path.exists() for path in own):
+        raise UserError(f"{dir} is an unfinished run, which has no adapter yet; finish it by "
+                        f"{finish}.")
+    if not (dir / "result.json").exists():
+        print(f"{dir} is an unfinished run: it is trained, and its last evaluation is missing, "
+              f"which is made by {finish}.")
+
+
+def digests(files: dict[str, list[Path]]) -> dict[str, str]:
+    return {kind: sha256(*paths) for kind, paths in files.items() if paths}
+
+
+def seen_paths(run_args) -> dict[str, list[Path]]:
+    """The files of the rows that a run was trained on."""
+    if run_args.stage == "align":
+        return {"align": [mixture.align_file(run_args.align_file, run_args.data_dir)]}
+    return {"upload": upload_paths(run_args)}
+
+
+def check_unchanged(dir: Path, settings: dict, now: dict[str, str]) -> None:
+    """UserError where a file is not what the run was made from; now: digests by kind."""
+    for kind, digest in now.items():
+        if digest != settings["sha256"].get(kind):
+            raise UserError(f"{CHANGED[kind]} changed since the run in {dir} was made; put them "
+                            f"back, or name what is to be evaluated by --model and --adapter.")
+
+
 def load_named(args: Args, device, dtype) -> Subject:
     """--model with --adapter; it is tested on everything."""
     model = load_aligned(args.model, device, dtype, args.adapter, keep_adapter=True)
-    weights = []
-    for paths in weight_paths(args.model, args.adapter).values():
-        weights += paths
+    weights = digests(weight_paths(args.model, args.adapter))
     tokenizer = Tokenizer(args.model, args.template_date)
     return Subject(model, tokenizer, weights, seen=[], epoch=0)
 
@@ -419,49 +495,92 @@ def execute(args: Args) -> None:
     """Prints the table, and keeps every prompt, reply and verdict."""
     if args.model:
         args = fill_for_model(args)
-        device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
-        subject = load_named(args, device, dtype)
     else:
         dir = Path(args.run) if args.run else newest_finished_run()
         settings = read_settings(dir)
         args = fill_from_run(args, dir, settings)
-        device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
-        subject = load_run(dir, settings, device, dtype)
     check_rule(args.task, args.fa_rule)
+    out = Path(args.out)
+    names_in(out)  # a path that can be no folder is refused before the model is loaded
+    device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
+    if args.model:
+        subject = load_named(args, device, dtype)
+    else:
+        subject = load_run(dir, settings, device, dtype)
     tests = mixture.load_tests(args, subject.seen)
     mixture.check_tests(subject.tokenizer, tests, args.max_new,
                         subject.model.config.max_positions)
-    out = Path(args.out)
     judge = open_judge(args, out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, expected a folder; pass another.")
-    out.mkdir(parents=True, exist_ok=True)
-    context = [sha256(*subject.weights), args.max_new, args.template_date, str(dtype)]
-    store = Store(out / "replies.jsonl", context)
-    numbers, records = evaluate(subject.model, subject.tokenizer, tests, judge, args,
-                                subject.epoch, store)
-    if args.task == "alpaca":
-        tasks = of_kind(records, "task")
-        write_for_alpaca_eval(tasks, out)
-        if judge.compare:
-            compare_with_targets(tasks, judge)
-            numbers = summarise(records, args)
-    print(table({str(subject.epoch): numbers}))
-    lines = "".join(json_line(record) for record in records)
-    write_atomic(out / f"eval-{args.judge}.jsonl", lines.encode())
-    write_atomic(out / f"eval-{args.judge}.json", json.dumps(numbers, indent=1).encode())
-    print(f"every prompt, reply and verdict: {out / f'eval-{args.judge}.jsonl'}")
+    make_folder(out)
+    with locked(out):
+        numbers = measure(subject, tests, judge, args, str(dtype), out)
+    if not args.model and numbers["tests_sha256"] != settings["sha256"].get("tests"):
+        print("these test files are not those that the run itself asked at its end")
     missing = nothing_judged(numbers)
     if missing:
         raise RunFailed(f"{missing} by --judge {args.judge}; what was written is kept in {out}. "
                         "See that the judge answers, and start again: it alone is asked.")
 
 
+def measure(subject: Subject, tests, judge: Judge, args: Args, dtype: str, out: Path) -> dict:
+    """Asks and judges, prints the table and writes eval-<judge>.json and .jsonl -> the numbers."""
+    tests_sha256 = sha256(*mixture.files_by_kind(args.data_dir, args.harmful_file,
+                                                 args.task).values())
+    asked = {name: getattr(args, name) for name in ASKED}
+    settings = {"weights": subject.weights, "tests": tests_sha256, "dtype": dtype, **asked}
+    context = [subject.weights, args.max_new, args.template_date, dtype]
+    store = Store(out / "replies.jsonl", context)
+    with memory_for("the evaluation", "replies that were written are kept; start again with a "
+                                      "smaller --max-new or without long test prompts"):
+        numbers, records = evaluate(subject.model, subject.tokenizer, tests, judge, args,
+                                    subject.epoch, store)
+        tasks = of_kind(records, "task")
+        if args.task == "alpaca" and judge.compare:
+            compare_with_targets(tasks, judge)
+            numbers = summarise(records, args)
+    if args.task == "alpaca":
+        write_for_alpaca_eval(tasks, out)
+    numbers |= {"tests_sha256": tests_sha256, "settings": settings}
+    print(table({str(subject.epoch): numbers}))
+    name = f"eval-{args.judge}"
+    keep_other(out, name, settings)
+    lines = "".join(json_line(record) for record in records)
+    write_atomic(out / f"{name}.jsonl", lines.encode())
+    write_atomic(out / f"{name}.json", json.dumps(numbers, indent=1).encode())
+    print(f"every prompt, reply and verdict: {out / f'{name}.jsonl'}")
+    return numbers
+
+
+def keep_other(out: Path, name: str, settings: dict) -> None:
+    """Renames an evaluation by other settings, so that the new one does not take its place.
+
+    Its files are then called <name>-<the first digits of the digest of its .json>.
+    """
+    path = out / f"{name}.json"
+    if not path.exists():
+        return
+    digest = sha256(path)[:8]
+    try:
+        old = read_json(path).get("settings")  # None: of an older version
+    except UserError:  # it is no evaluation at all, and is kept as well
+        old = None
+    if old == json.loads(json.dumps(settings)):  # as they read back
+        return
+    for suffix in (".jsonl", ".json"):
+        if (out / f"{name}{suffix}").exists():
+            os.replace(out / f"{name}{suffix}", out / f"{name}-{digest}{suffix}")
+    print(f"an evaluation by other settings was there: it is now {out / f'{name}-{digest}.json'}")
+
+
 def write_for_alpaca_eval(tasks: list[dict], out: Path) -> None:
-    """alpaca_eval.json, for AlpacaEval's own tool."""
+    """alpaca_eval.json, for AlpacaEval's own tool; other replies that it holds are kept beside."""
     rows = [{"instruction": r["prompt"], "output": r["reply"], "generator": out.name}
             for r in tasks]
-    write_atomic(out / "alpaca_eval.json", json.dumps(rows, indent=1).encode())
+    content = json.dumps(rows, indent=1).encode()
+    path = out / "alpaca_eval.json"
+    if path.exists() and path.read_bytes() != content:
+        os.replace(path, out / f"alpaca_eval-{sha256(path)[:8]}.json")
+    write_atomic(path, content)
 
 
 def compare_with_targets(tasks: list[dict], judge: Judge) -> None:

@@ -1,12 +1,14 @@
-"""What programs write to disk, and how they know it again: atomic writes, digests, kept replies.
+"""What programs write to disk, and how they know it again: folders, digests, kept replies.
 
 A reply of a model or a verdict of a judge takes long to make and is always the same, so it is kept
 under a digest of all that it depends on, and an interrupted program goes on from what is there.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from model import INDEX, SINGLE, UserError, weight_files
@@ -16,6 +18,60 @@ MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_co
                "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
                "generation_config.json")
 AT_ONCE = 256  # questions put to a judge before its answers are kept: our choice
+
+
+# folders to write into
+
+
+def names_in(folder: Path) -> set[str]:
+    """What a folder that is to be written into holds, nothing where it is not there yet.
+
+    UserError where the path can be no such folder. To be asked before any long work.
+    """
+    try:
+        if not folder.exists():
+            return set()
+        names = {path.name for path in folder.iterdir()}
+    except OSError as e:
+        raise no_folder(folder, e.strerror) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise no_folder(folder, "this user may not write into it")
+    return names
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder and those above it; UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise no_folder(folder, e.strerror) from None
+
+
+def no_folder(folder: Path, reason: str) -> UserError:
+    return UserError(f"{folder} cannot be the folder to write into ({reason}); pass another --out.")
+
+
+@contextmanager
+def locked(folder: Path):
+    """Keeps other programs of this repository from writing into the folder in the meantime.
+
+    The lock is on the folder itself, so it leaves no file, and the kernel frees it when the
+    process ends, however it ends. Gives the descriptor that holds it. UserError where another
+    process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing into {folder}; wait until it has ended, "
+                            "or pass another --out.") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+# files
 
 
 def write_atomic(path, data: bytes) -> None:
@@ -40,8 +96,13 @@ def json_line(value) -> str:
 
 def read_lines(path) -> list[dict]:
     """The objects of a .jsonl file that a program of this repository wrote."""
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path} cannot be read as JSON lines ({reason}); put the file "
+                        "back.") from None
 
 
 def sha256(*paths) -> str:
@@ -74,21 +135,31 @@ class Store:
         self.path = path
         self.context = context
         self.values = read_store(path) if path.exists() else {}
+        self.is_whole = False  # whether its last line is known to be
 
     def key(self, *content) -> str:
         return hashlib.sha256(json.dumps([self.context, content]).encode()).hexdigest()
 
     def put(self, key: str, value) -> None:
         self.values[key] = value
+        if not self.is_whole:
+            remove_cut_line(self.path)
+            self.is_whole = True
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps([key, value]) + "\n")
 
 
+def remove_cut_line(path: Path) -> None:
+    """Removes a last line that a kill cut short; it has no end of line."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+
+
 def read_store(path: Path) -> dict:
-    """{key: value} of a store's file; a last line that a kill cut short is removed from it."""
-    *lines, cut_short = path.read_bytes().split(b"\n")
-    if cut_short:
-        os.truncate(path, path.stat().st_size - len(cut_short))
+    """{key: value} of a store's file, without a last line that a kill cut short."""
+    lines = path.read_bytes().split(b"\n")[:-1]
     try:
         return dict(json.loads(line) for line in lines)
     except (ValueError, TypeError):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import COUNT, TINY, Parser, exit_code
+from cli import COUNT, TINY, Parser, exit_code, text
 from device import add_device_flags, capture_cuda_graph, device_and_dtype
 from lora import load_adapter, merge
 from model import Config, Llama, UserError, load_model
@@ -222,7 +222,7 @@ def parse(argv=None):
     p = Parser("generate.py", "Answer one prompt greedily.")
     p.add_argument("--model", default=TINY, help="Hugging Face folder")
     p.add_argument("--adapter", help="folder with an adapter in PEFT's format")
-    p.add_argument("--prompt", required=True, help="the user's turn")
+    p.add_argument("--prompt", type=text, required=True, help="the user's turn")
     p.add_argument("--max-new", type=COUNT, default=256, help="tokens the answer may have")
     p.add_argument("--template-date", default=DATE, help="today, for a template that says it")
     add_device_flags(p)
@@ -231,8 +231,6 @@ def parse(argv=None):
 
 def execute(args) -> None:
     """Prints the model's greedy answer to --prompt."""
-    if any("\ud800" <= c <= "\udfff" for c in args.prompt):
-        raise UserError("--prompt is not valid text; pass it in the terminal's encoding.")
     device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
     model = load_aligned(args.model, device, dtype, args.adapter, keep_adapter=True)
     tokenizer = Tokenizer(args.model, args.template_date)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft_format
-from model import UserError, to_fp32
+from model import FLOATS, UserError, to_fp32
 from peft_format import PEFT_PREFIX, TARGETS, is_target
 
 
@@ -194,6 +194,13 @@ def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
     if wrong:
         raise UserError(f"{dir} does not fit the model: {len(wrong)} tensors are missing, surplus "
                         f"or misshapen, first {wrong[0]}; name the model it was trained on.")
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{dir} holds {name} as {tensor.dtype}, expected floating-point "
+                            "numbers of 16 bits or more; save the adapter again.")
+        if not tensor.isfinite().all():
+            raise UserError(f"{dir} holds {name} with a number that is NaN or infinite, so its "
+                            "training failed; train it again.")
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(state[name])

@@ -3,7 +3,8 @@
     python merge.py --model DIR --adapter DIR --out DIR
 
 W + s B A is added in fp32 and rounded once, in the shards, names and dtypes of the model's own
-files. The folder appears whole or not at all.
+files. The folder appears whole or not at all: it is made as DIR.part, which a killed merge leaves
+and the next one replaces.
 """
 
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import Parser, exit_code
+from files import locked, make_folder, names_in
 from lora import load_adapter, merge, whole_modules
 from model import INDEX, Llama, UserError, load_model, read_tensors, stale_index, weight_files
 
@@ -28,8 +30,13 @@ def merge_folder(model_dir, adapter_dir, out) -> str:
     """Writes the folder -> a sentence on how far the one rounding of W + s B A moved the logits."""
     model_dir = Path(model_dir)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if names_in(out):
         raise UserError(f"{out} exists and is not an empty folder; pass another --out.")
+    part = part_of(out)
+    foreign = names_in(part) - written_names(model_dir)
+    if foreign:
+        raise UserError(f"{part}, where the folder is to be made, holds {min(foreign)}, which no "
+                        "merge of this model writes; move it away, or pass another --out.")
     model = load_model(model_dir, dtype=None)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.ndim == 2}
     if len(dtypes) > 1:
@@ -58,9 +65,26 @@ def random_logits(model: Llama) -> Tensor:
 
 def write_folder(model_dir: Path, merged: dict[str, Tensor], out: Path) -> None:
     """The model's folder with the merged tensors, made beside `out` and then renamed to it."""
+    part = part_of(out)
+    make_folder(part)
+    with locked(part):
+        for name in names_in(part):  # of a merge that was killed
+            (part / name).unlink()
+        write_part(model_dir, merged, part, out.resolve())
+
+
+def part_of(out: Path) -> Path:
+    """Where the folder is made, before it gets its name."""
     out = out.resolve()
-    part = out.with_name(out.name + ".part")
-    part.mkdir(parents=True)
+    return out.with_name(out.name + ".part")
+
+
+def written_names(model_dir: Path) -> set[str]:
+    return {path.name for path in [*weight_files(model_dir), *small_files(model_dir)]}
+
+
+def write_part(model_dir: Path, merged: dict[str, Tensor], part: Path, out: Path) -> None:
+    """Writes the folder and renames it; on an error nothing is left."""
     try:
         for path in weight_files(model_dir):
             tensors = {name: merged.get(name, tensor) for name, tensor in read_tensors(path)}

@@ -21,6 +21,7 @@ import inspect
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from torch.utils.checkpoint import checkpoint
 
 class UserError(Exception):
     """The user's mistake, in one sentence: what was given, what is expected, what to do."""
+
+    def __init__(self, sentence: str):
+        super().__init__(sentence.replace("\n", " "))  # a library's words in it may have lines
 
 
 @dataclass
@@ -94,6 +98,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}, expected an object")
+        json.dumps(value, ensure_ascii=False).encode()  # ValueError for half a surrogate pair
         return value
     except (OSError, ValueError, RecursionError) as e:
         reason = getattr(e, "strerror", None) or e
@@ -101,10 +106,81 @@ def read_json(path: Path) -> dict:
                         "fetch it again.") from None
 
 
-# Keys of config.json whose values must be numbers above 0.
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-         "vocab_size", "rms_norm_eps", "max_position_embeddings")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+# What a key of a JSON file may hold
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value: in words, for an error, and as a test."""
+
+    words: str
+    fits: Callable[[object], bool]
+
+
+def is_whole(value, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether it is an integer from low to high; JSON's true is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_finite(value, above: float) -> bool:
+    """Whether it is a number above a bound; Infinity and NaN, which JSON may hold, are none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and above < value < math.inf
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def are_all(fits, values) -> bool:
+    """Whether it is a list, and each of its items fits."""
+    return isinstance(values, list) and all(map(fits, values))
+
+
+BOOL = Kind("true or false", lambda v: isinstance(v, bool))
+TEXT = Kind("a text", is_text)
+TEXTS = Kind("a list of texts", lambda v: are_all(is_text, v))
+OBJECT = Kind("an object", lambda v: isinstance(v, dict))
+POSITIVE = Kind("a finite number above 0", lambda v: is_finite(v, 0))
+ABOVE_1 = Kind("a finite number above 1", lambda v: is_finite(v, 1))
+COUNT = Kind("a whole number above 0", lambda v: is_whole(v, 1))
+LENGTH = Kind("a whole number from 0 on", lambda v: is_whole(v, 0))
+# Bounds beyond any model, so that no tensor's size overflows and no loop is endless.
+SIZE = Kind("a whole number from 1 to 1,000,000", lambda v: is_whole(v, 1, 1_000_000))
+N_LAYERS = Kind("a whole number from 1 to 1,000", lambda v: is_whole(v, 1, 1_000))
+IDS = Kind("an id or a list of ids",
+           lambda v: is_whole(v, 0) or are_all(lambda i: is_whole(i, 0), v))
+
+
+def check_kinds(path: Path, values: dict, kinds: dict[str, Kind]) -> None:
+    """UserError where a key holds another kind of value than it may; null is as good as no key."""
+    for key, kind in kinds.items():
+        value = values.get(key)
+        if value is not None and not kind.fits(value):
+            raise UserError(f"{path} has {key} {str(value)[:60]}, expected {kind.words}; correct "
+                            "it, or fetch the file again.")
+
+
+# The keys of config.json that are read, here and by the tokenizer.
+CONFIG_KINDS = {
+    "architectures": TEXTS, "model_type": TEXT, "tokenizer_class": TEXT, "eos_token_id": IDS,
+    "hidden_size": SIZE, "num_hidden_layers": N_LAYERS, "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE, "head_dim": SIZE, "intermediate_size": SIZE, "vocab_size": SIZE,
+    "num_labels": SIZE, "id2label": OBJECT, "max_position_embeddings": COUNT,
+    "sliding_window": LENGTH, "use_sliding_window": BOOL,
+    "rms_norm_eps": POSITIVE, "hidden_act": TEXT, "hidden_activation": TEXT,
+    "attention_bias": BOOL, "mlp_bias": BOOL, "tie_word_embeddings": BOOL,
+    "rope_parameters": OBJECT, "rope_scaling": OBJECT, "rope_theta": ABOVE_1,
+    "original_max_position_embeddings": POSITIVE, "partial_rotary_factor": POSITIVE,
+}
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "vocab_size", "rms_norm_eps", "max_position_embeddings")
+ROPE_KINDS = {
+    "rope_type": TEXT, "type": TEXT, "rope_theta": ABOVE_1, "partial_rotary_factor": POSITIVE,
+    "finetuned": BOOL, "factor": POSITIVE, "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE, "original_max_position_embeddings": POSITIVE,
+    "attention_factor": POSITIVE, "beta_fast": POSITIVE, "beta_slow": POSITIVE, "truncate": BOOL,
+}
 # The numbers that each kind of rotary scaling needs.
 ROPE_NUMBERS = {
     "default": (),
@@ -120,16 +196,24 @@ ROPE_NOTES = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finet
 MISTRAL_WINDOW = 4096  # transformers' default where a Mistral config.json names none
 
 
+def read_config_json(dir) -> dict:
+    """config.json of a Hugging Face folder; UserError where a key that is read holds nonsense."""
+    path = Path(dir) / "config.json"
+    c = read_json(path)
+    check_kinds(path, c, CONFIG_KINDS)
+    return c
+
+
 def read_config(dir) -> Config:
     """config.json of a Hugging Face folder, in old and new spellings -> Config."""
     path = Path(dir) / "config.json"
-    c = read_json(path)
+    c = read_config_json(dir)
     architecture = architecture_of(path, c)
     family = FAMILIES[architecture]
     check_config(path, c, architecture)
     rope = rope_of(path, c)
     n_head = c["num_attention_heads"]
-    attention_bias = c.get("attention_bias", False)
+    attention_bias = bool(c.get("attention_bias"))
     writes_text = family.head == "lm_head"
     return Config(
         dim=c["hidden_size"],
@@ -144,10 +228,10 @@ def read_config(dir) -> Config:
         norm_eps=c["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0),
         rope_scaling=rope if rope["rope_type"] not in ("default", "dynamic") else None,
-        qkv_bias=family.qkv_bias or bool(attention_bias),
+        qkv_bias=family.qkv_bias or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=c.get("mlp_bias", False),
-        tied=writes_text and c.get("tie_word_embeddings", family.tied),
+        mlp_bias=bool(c.get("mlp_bias")),
+        tied=writes_text and bool(c.get("tie_word_embeddings", family.tied)),
         qk_norm=family.qk_norm,
         gemma=family.gemma,
         act=family.act,
@@ -185,8 +269,7 @@ def rope_of(path: Path, c: dict) -> dict:
     setting is given twice with two values: transformers 4 and 5 then read different ones.
     """
     for key in ("rope_parameters", "rope_scaling"):
-        if c.get(key) is not None and not isinstance(c[key], dict):
-            raise UserError(f"{path} has {key} {c[key]}, expected an object or null.")
+        check_kinds(path, c.get(key) or {}, ROPE_KINDS)
     rope = one_spelling(c.get("rope_parameters"))
     older = one_spelling(c.get("rope_scaling"))
     if rope and older and rope != older:
@@ -204,8 +287,8 @@ def rope_of(path: Path, c: dict) -> dict:
 def one_spelling(rope: dict | None) -> dict:
     """The same settings with "rope_type", which was "type" before."""
     rope = dict(rope or {})
-    if rope and "rope_type" not in rope:
-        rope["rope_type"] = rope.pop("type", "default")
+    if rope and rope.get("rope_type") is None:
+        rope["rope_type"] = rope.pop("type", None) or "default"
     return rope
 
 
@@ -213,7 +296,7 @@ def check_rope(path: Path, rope: dict, partial_rotary_factor) -> None:
     """UserError for rotary settings that are not computed here."""
     kind = rope["rope_type"]
     if kind not in ROPE_NUMBERS:
-        raise UserError(f"{path} asks for {kind} rotary scaling, expected "
+        raise UserError(f"{path} has the rope_type {kind}, expected one of "
                         f"{', '.join(ROPE_NUMBERS)}; choose a checkpoint without it.")
     known = ROPE_NUMBERS[kind] + ROPE_NOTES
     if kind == "yarn":
@@ -223,21 +306,16 @@ def check_rope(path: Path, rope: dict, partial_rotary_factor) -> None:
             raise UserError(f"{path} has {key} {value} in its {kind} rotary settings, expected "
                             f"{', '.join(known)}; choose a checkpoint without it.")
     for key in ROPE_NUMBERS[kind]:
-        if not is_number(rope.get(key)):
-            raise UserError(f"{path} asks for {kind} rotary scaling and has {key} "
-                            f"{rope.get(key)}, expected a number above 0.")
-    for key in YARN_OPTIONS:
-        if rope.get(key) is not None and key != "truncate" and not is_number(rope[key]):
-            raise UserError(f"{path} has {key} {rope[key]}, expected a number above 0.")
+        if rope.get(key) is None:
+            raise UserError(f"{path} asks for {kind} rotary scaling and has no {key}, expected a "
+                            "number above 0.")
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise UserError(f"{path} has high_freq_factor {rope['high_freq_factor']}, expected a "
+                        f"number above its low_freq_factor {rope['low_freq_factor']}.")
     for part in (partial_rotary_factor, rope.get("partial_rotary_factor")):
         if part not in (None, 1):
             raise UserError(f"{path} has partial_rotary_factor {part}, expected 1: here a head is "
                             "rotated as a whole.")
-
-
-def is_number(value) -> bool:
-    """Whether it is a number above 0; JSON's true is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def positions_of(c: dict, architecture: str) -> int:
@@ -266,23 +344,20 @@ def n_labels(c: dict) -> int:
 def check_config(path: Path, c: dict, architecture: str) -> None:
     """UserError where config.json lacks something or asks for what is not computed here."""
     family = FAMILIES[architecture]
-    if c.get("quantization_config") or c.get("quantization"):
-        raise UserError(f"{path} describes a quantised checkpoint; choose the original one.")
-    act = c.get("hidden_activation") or c.get("hidden_act")
+    for key in ("quantization_config", "quantization"):
+        if c.get(key):
+            raise UserError(f"{path} describes a quantised checkpoint in {key}; choose the "
+                            "original one.")
+    key = "hidden_activation" if c.get("hidden_activation") else "hidden_act"
+    act = c.get(key)
     accepted = [None, family.act]
     if family.gemma:  # its first files say "gelu" and mean the tanh form
         accepted.append("gelu")
     if act not in accepted:
-        raise UserError(f"{path} has the activation {act}, expected {family.act}.")
-    numbers = {key: c.get(key) for key in SIZES}
-    for key in OPTIONAL_SIZES:
-        if c.get(key) is not None:
-            numbers[key] = c[key]
-    for key, value in numbers.items():
-        types = (int, float) if key == "rms_norm_eps" else int
-        if not isinstance(value, types) or value <= 0:
-            raise UserError(f"{path} has {key} {value}, expected a number above 0 for "
-                            f"{architecture}.")
+        raise UserError(f"{path} has {key} {act}, expected {family.act}.")
+    for key in REQUIRED:
+        if c.get(key) is None:
+            raise UserError(f"{path} has no {key}, expected a number above 0 for {architecture}.")
 
 
 def to_fp32(x: Tensor) -> Tensor:

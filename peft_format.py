@@ -16,7 +16,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from files import write_atomic
-from model import UserError, read_json, read_tensors
+from model import (
+    BOOL,
+    POSITIVE,
+    SIZE,
+    TEXT,
+    TEXTS,
+    Kind,
+    UserError,
+    are_all,
+    check_kinds,
+    is_text,
+    is_whole,
+    read_json,
+    read_tensors,
+)
 
 PEFT_PREFIX = "base_model.model."  # stands before Hugging Face's own names
 
@@ -54,6 +68,33 @@ REFUSED = {  # and what is more than plain LoRA in it
     "use_bdlora": "BD-LoRA, which makes A or B block-diagonal",
     "arrow_config": "Arrow, which chooses among adapters",
     "kasa_config": "KaSA, which cuts the base and puts a diagonal between B and A",
+}
+TEXT_OR_TEXTS = Kind("a text or a list of texts",
+                     lambda v: is_text(v) or TEXTS.fits(v))
+LAYERS = Kind("the number of a layer or a list of them",
+              lambda v: is_whole(v, 0) or are_all(lambda layer: is_whole(layer, 0), v))
+
+
+def of_patterns(kind: Kind) -> Kind:
+    """An object with such a value for each pattern."""
+    return Kind(f"{kind.words} for each pattern",
+                lambda v: isinstance(v, dict) and all(map(kind.fits, v.values())))
+
+
+# What the settings may hold that are honoured.
+SETTING_KINDS = {
+    "peft_type": TEXT,
+    "r": SIZE,
+    "lora_alpha": POSITIVE,
+    "rank_pattern": of_patterns(SIZE),
+    "alpha_pattern": of_patterns(POSITIVE),
+    "use_rslora": BOOL,
+    "target_modules": TEXT_OR_TEXTS,
+    "exclude_modules": TEXT_OR_TEXTS,
+    "layers_to_transform": LAYERS,
+    "layers_pattern": TEXT_OR_TEXTS,
+    "modules_to_save": TEXTS,
+    "init_lora_weights": Kind("true, false or a text", lambda v: BOOL.fits(v) or is_text(v)),
 }
 PLAIN = {"bias": "none"}  # what a refused setting may say, besides nothing and false
 MERGE_IT = "merge it in PEFT by merge_and_unload and name the result by --model"
@@ -118,15 +159,15 @@ def read_adapter_config(dir) -> dict:
     """adapter_config.json, refused with a sentence where it asks for more than plain LoRA."""
     path = Path(dir) / "adapter_config.json"
     config = read_json(path)
-    check_kind(path, config)
-    check_scale(path, config)
+    check_kinds(path, config, SETTING_KINDS)
+    check_is_lora(path, config)
     check_modules(path, config)
     if is_all_linear(config["target_modules"]):
         config["target_modules"] = list(TARGETS)
     return config
 
 
-def check_kind(path: Path, config: dict) -> None:
+def check_is_lora(path: Path, config: dict) -> None:
     """UserError where a setting asks for something else than LoRA, or for what is not known."""
     kind = config.get("peft_type")
     if kind not in (None, "LORA"):
@@ -149,34 +190,15 @@ def check_kind(path: Path, config: dict) -> None:
     if init not in PLAIN_INIT:
         raise UserError(f"{path} has init_lora_weights {init}, expected one of "
                         f"{', '.join(PLAIN_INIT)}; {MERGE_IT}.")
-
-
-def check_scale(path: Path, config: dict) -> None:
-    """UserError where a rank or an alpha, the common one or a module's own, is no such number."""
-    r = config.get("r")
-    alpha = config.get("lora_alpha")
-    if not (is_rank(r) and is_alpha(alpha)):
-        raise UserError(f"{path} has r {r} and lora_alpha {alpha}, expected an integer above 0 and "
-                        "a number; save the adapter again.")
-    for key, is_right in (("rank_pattern", is_rank), ("alpha_pattern", is_alpha)):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(map(is_right, patterns.values())):
-            raise UserError(f"{path} has {key} {patterns}, expected a number for each pattern; "
-                            "save the adapter again.")
-
-
-def is_rank(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_alpha(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    for key in ("r", "lora_alpha"):
+        if config.get(key) is None:
+            raise UserError(f"{path} has no {key}, expected a number; save the adapter again.")
 
 
 def check_modules(path: Path, config: dict) -> None:
     """UserError where the settings that choose modules do not, or not as PEFT would."""
     saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or set(saved) - WHOLE_MODULES:
+    if set(saved) - WHOLE_MODULES:
         raise UserError(f"{path} has modules_to_save {saved}, expected lm_head or model.norm; "
                         f"{MERGE_IT}.")
     targets = config.get("target_modules")
@@ -189,16 +211,11 @@ def check_modules(path: Path, config: dict) -> None:
     if config.get("layers_pattern") and layers is None:
         raise UserError(f"{path} has layers_pattern {config['layers_pattern']} and no "
                         "layers_to_transform, expected both; PEFT refuses the one as well.")
-    one_or_more = layers if isinstance(layers, list) else [layers]
-    if layers is not None and not all(type(layer) is int for layer in one_or_more):
-        raise UserError(f"{path} has layers_to_transform {layers}, expected numbers of layers.")
-    for key in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = config.get(key) or []
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path} has {key} {value}, expected names; save it again.")
-        if key == "layers_pattern" or isinstance(value, str):
-            check_patterns(path, key, names)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):  # a list holds names or their ends
+            check_patterns(path, key, [config[key]])
+    patterns = config.get("layers_pattern") or []
+    check_patterns(path, "layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
     for key in ("rank_pattern", "alpha_pattern"):
         check_patterns(path, key, config.get(key) or {})
 

@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,15 @@ from safetensors.torch import save
 from cli import RunFailed
 from data import mixture
 from device import peak_bytes
-from files import json_line, model_files, sha256, write_atomic
+from files import (
+    json_line,
+    locked,
+    make_folder,
+    model_files,
+    names_in,
+    sha256,
+    write_atomic,
+)
 from lora import adapter_params, adapter_state, save_adapter
 from model import UserError, read_json
 
@@ -46,8 +55,24 @@ OF_THE_EVALUATION = {
     "harmful_file", "n_test", "eval_epochs", "judge", "judge_model", "judge_max_len",
     "judge_tokens", "judge_url", "judge_name", "fa_rule", "max_new",
 }
+# What to call the files of each kind.
+CHANGED = {
+    "model": "the model's files", "adapter": "the files of --adapter",
+    "upload": "the upload's files", "anchors": "the anchors' file",
+    "align": "the file of the alignment rows", "tests": "the test files",
+}
 # Of these flags the value in worked_out is compared, not the one that was typed.
 COMPARED_AS_WORKED_OUT = {"device", "dtype", "rank", "alpha", "rslora"}
+# What eval.py reads of a run's config.json.
+READ_AGAIN = {
+    "args": {
+        "model", "adapter", "keep_adapter", "template_date", "anchors", "stage", "data",
+        "data_dir", "task", "n", "poison", "align_file", "epochs", "attack_prefix",
+        "attack_suffix", "harmful_file", "judge", "judge_model", "fa_rule", "max_new",
+    },
+    "worked_out": {"dtype", "anchor_prompts"},
+}
+RESULT = ("hs", "fa", "ce", "safe", "seconds", "tokens_per_second", "peak_bytes", "evals", "probes")
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
 
@@ -78,9 +103,31 @@ def read_settings(dir) -> dict:
     if "args" in settings and "worked_out" not in settings:
         raise UserError(f"{path} was written by an older version of this code; use that version, "
                         "or make the run again.")
-    if not settings.keys() >= {"args", "worked_out", "sha256"}:
+    parts = ("args", "worked_out", "sha256")
+    if not all(isinstance(settings.get(part), dict) for part in parts):
         raise UserError(f"{path} is not a run's; name a run's folder, or a new one for --out.")
+    for part, names in READ_AGAIN.items():
+        missing = sorted(names - settings[part].keys())
+        if missing:
+            raise UserError(f"{path} has no {missing[0]} in {part}, expected what a run writes; "
+                            "put the file back, or make the run again.")
     return settings
+
+
+def read_result(dir) -> dict:
+    """A finished run's result.json; UserError where it lacks what a run writes."""
+    path = Path(dir) / "result.json"
+    result = read_json(path)
+    missing = [name for name in RESULT if name not in result]
+    if not missing:
+        evals = result["evals"]
+        is_whole = isinstance(evals, dict) and all(
+            isinstance(numbers, dict) and "hs" in numbers for numbers in evals.values())
+        missing = [] if is_whole else ["evals"]
+    if missing:
+        raise UserError(f"{path} has no {missing[0]}, expected the result of a run; put the file "
+                        "back, or delete it and finish the run by train.py --resume.")
+    return result
 
 
 def weight_paths(model_dir, adapter) -> dict[str, list[Path]]:
@@ -92,14 +139,19 @@ def weight_paths(model_dir, adapter) -> dict[str, list[Path]]:
     return files
 
 
-def data_paths(args, reads_align_file: bool) -> dict[str, list[Path]]:
-    """The files that the upload, the anchors, the defender's rows and the tests are read from."""
+def upload_paths(args) -> list[Path]:
+    """The files that the upload is read from."""
     if args.data:
         upload = [Path(args.data)]
     else:
         upload = [mixture.attack_file(args.data_dir),
                   Path(args.data_dir) / args.task / "train.jsonl"]
-    files = {"upload": [path for path in upload if path.exists()]}
+    return [path for path in upload if path.exists()]
+
+
+def data_paths(args, reads_align_file: bool) -> dict[str, list[Path]]:
+    """The files that the upload, the anchors, the defender's rows and the tests are read from."""
+    files = {"upload": upload_paths(args)}
     if args.anchors:
         files["anchors"] = [mixture.anchor_pool(args.anchor_file, args.data_dir)]
     if reads_align_file:
@@ -165,17 +217,15 @@ class Run:
         """UserError where the folder holds another run, or this one and resume is off."""
         self.dir = dir
         self.settings = settings
-        try:
-            self.finished = (dir / "result.json").exists()
-            begun = (dir / "config.json").exists()
-            names = {path.name for path in dir.iterdir()} if dir.exists() else set()
-        except OSError as e:
-            raise UserError(f"{dir} cannot be a run's folder ({e.strerror}); pass another "
-                            "--out.") from None
-        if begun:
+        self.opened = ExitStack()  # what close() closes: the lock, the two files
+        names = names_in(dir)
+        self.finished = "result.json" in names
+        self.begun = "config.json" in names
+        if self.begun:
             old = read_settings(dir)
             self._check_same(old)
-            self.settings["earlier_commands"] = [*old.get("earlier_commands", []), old["command"]]
+            commands = old.get("earlier_commands") or []
+            self.settings["earlier_commands"] = [*commands, old.get("command")]
             if not resume:
                 raise UserError(f"{dir} already holds this run; pass --resume to go on with it, or "
                                 "another --out.")
@@ -193,18 +243,31 @@ class Run:
             for key in [*new[part], *old[part]]:
                 there = old[part].get(key)
                 here = new[part].get(key)
-                if there != here and key not in ignored:
-                    raise UserError(f"{self.dir} belongs to other settings ({key} is "
-                                    f"{str(there)[:60]} there, {str(here)[:60]} here); pass "
-                                    "another --out, or the same settings.")
+                if there == here or key in ignored:
+                    continue
+                if part == "sha256":
+                    raise UserError(f"{self.dir} belongs to other settings "
+                                    f"({CHANGED.get(key, key)} changed since); put them back, or "
+                                    "pass another --out.")
+                if key == "rows_sha256":
+                    raise UserError(f"{self.dir} belongs to other settings (its rows are not "
+                                    "tokenised as they were); use the code that began it, or pass "
+                                    "another --out.")
+                raise UserError(f"{self.dir} belongs to other settings ({key} is "
+                                f"{str(there)[:60]} there, {str(here)[:60]} here); pass "
+                                "another --out, or the same settings.")
 
     def start(self, model, optimizer, step_fn) -> tuple[int, Progress]:
         """Opens the folder and restores the checkpoint, if any -> (next step, what was done).
 
         Lines of log.jsonl and generations.jsonl that came after the checkpoint are cut off.
+        UserError where another process has the folder. close() gives it back.
         """
-        if not (self.dir / "config.json").exists():
-            self._create()
+        is_new = not self.dir.exists()
+        make_folder(self.dir)
+        self.opened.enter_context(locked(self.dir))
+        if not self.begun:
+            self._create(is_new)
         state = self.dir / "state.safetensors"
         step = 0
         progress = Progress()
@@ -219,16 +282,21 @@ class Run:
                                 "or begin anew with another --out.")
         self.files = {}
         for name, path in paths.items():
-            self.files[name] = open(path, "a+b")
+            self.files[name] = self.opened.enter_context(open(path, "a+b"))
             self.files[name].truncate(sizes[name])
         if "earlier_commands" in self.settings:  # a resumed run may have changed its tests
             write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
         return step, progress
 
-    def _create(self) -> None:
-        is_new = not self.dir.exists()
+    def close(self) -> None:
+        """Another process may have the folder from here on."""
+        self.opened.close()
+
+    def _create(self, is_new: bool) -> None:
+        if (self.dir / "config.json").exists():  # since __init__ looked
+            raise UserError(f"another process has begun a run in {self.dir} meanwhile; pass "
+                            "another --out.")
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
             write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
         except OSError as e:
             if is_new:
@@ -289,22 +357,25 @@ def defence_state(step_fn) -> dict[str, torch.Tensor]:
 def restore(path: Path, model, optimizer, step_fn) -> tuple[int, Progress, dict]:
     """Weights, Adam's state and the defence's -> (next step, what was done, .jsonl sizes)."""
     try:
-        file = safe_open(path, "pt")
-    except SafetensorError as e:
-        raise UserError(f"{path} is not a checkpoint ({e}); pass another --out.") from None
-    with file as f:
-        about = json.loads((f.metadata() or {}).get("run", "null"))
-        if about is None:
-            raise UserError(f"{path} is not a checkpoint; pass another --out.")
-        names = set(f.keys())
-        for name, p in adapter_params(model).items():
-            p.data.copy_(f.get_tensor(name))
-            for key in ADAM_STATE:
-                if f"{key}/{name}" in names:  # there is none where nothing was updated yet
-                    optimizer.state[p][key] = f.get_tensor(f"{key}/{name}").to(p.device)
-        for name, tensor in defence_state(step_fn).items():
-            tensor.copy_(f.get_tensor(f"defence/{name}"))
-    return about["step"], Progress(**about["done"]), about["sizes"]
+        with safe_open(path, "pt") as f:
+            about = json.loads(f.metadata()["run"])
+            names = set(f.keys())
+            for name, p in adapter_params(model).items():
+                p.data.copy_(f.get_tensor(name))
+                for key in ADAM_STATE:
+                    if f"{key}/{name}" not in names:  # where nothing was updated yet
+                        continue
+                    # A copy: get_tensor's memory is the mapped file, whose place on the disk is
+                    # not freed while such a tensor lives, though the file is long replaced.
+                    in_the_file = f.get_tensor(f"{key}/{name}")
+                    optimizer.state[p][key] = in_the_file.to(p.device, copy=True)
+            for name, tensor in defence_state(step_fn).items():
+                tensor.copy_(f.get_tensor(f"defence/{name}"))
+        return about["step"], Progress(**about["done"]), about["sizes"]
+    # What the file says of itself is missing, or is no JSON, or is something else.
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is not a checkpoint of this run ({e}); put the file back, or pass "
+                        "another --out.") from None
 
 
 class Log:
@@ -335,8 +406,11 @@ class Log:
             for name, value in numbers.items():
                 row[name] = float(value) if torch.is_tensor(value) else value
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                raise RunFailed(f"the loss is {row['loss']} and the gradient norm "
-                                f"{row['grad_norm']} at update {row['step']} ({row['batch']})")
+                raise RunFailed(
+                    f"the loss is {row['loss']} and the gradient norm {row['grad_norm']} at update "
+                    f"{row['step']} ({row['batch']}); begin anew with another --out and a lower "
+                    "--lr, or --dtype float32 where it was bfloat16: --resume goes on from the "
+                    "last checkpoint, and with the same numbers to the same end.")
             self.run.append("log", [row])
             # A defence says so where it trains on other rows than the batch that it was given.
             self.progress.tokens += row.get("trained_tokens", row["tokens"])

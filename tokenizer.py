@@ -28,7 +28,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model import UserError, read_json
+from model import IDS, UserError, check_kinds, read_config_json, read_json
 from vocabulary import (
     NAMED,
     AddedTokens,
@@ -97,8 +97,8 @@ class Tokenizer:
         self.names = self.backend.default_names | named_tokens(self.config)  # {"bos_token": "<s>"}
         self.n_ids = self.backend.n_ids
         if (self.dir / "config.json").exists():
-            n_rows = read_json(self.dir / "config.json").get("vocab_size", self.n_ids)
-            if n_rows < self.n_ids:
+            n_rows = read_config_json(self.dir).get("vocab_size")
+            if n_rows is not None and n_rows < self.n_ids:
                 raise UserError(f"the tokenizer of {self.dir} has {self.n_ids} ids, more than the "
                                 f"{n_rows} of its model; fetch the two together.")
         self._find_specials(self.names.get(key) for key in NAMED)
@@ -355,18 +355,22 @@ class Tokenizer:
                 text = file.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 raise UserError(f"{file} is not UTF-8; fetch the file again.") from None
+            except OSError as e:
+                raise UserError(f"{file} cannot be read ({e.strerror}); fetch the file "
+                                "again.") from None
         elif any((self.dir / "additional_chat_templates").glob("*.jinja")):
             raise UserError(f"{self.dir} has additional_chat_templates, but no "
                             "chat_template.jinja; copy the one to use to that name.")
         if isinstance(text, list):  # several named templates
             text = {t["name"]: t["template"] for t in text}
-        if isinstance(text, dict):
+        if text and isinstance(text, dict):
             if "default" not in text:
                 raise UserError(f"{self.dir} has the chat templates {', '.join(sorted(text))} and "
                                 "none named default; write the one to use to chat_template.jinja.")
             text = text["default"]
         if not text:
-            raise UserError(f"{self.dir} has no chat template; add a chat_template.jinja to it.")
+            raise UserError(f"{self.dir} has no chat template, neither a chat_template.jinja nor a "
+                            "chat_template in its tokenizer_config.json; add one.")
         return text
 
     def _compile(self, text: str):
@@ -385,7 +389,7 @@ class Tokenizer:
         env.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
         try:
             return env.from_string(text)
-        except TemplateError as e:
+        except Exception as e:  # jinja's own errors, and Python's where it nests too deeply
             raise UserError(f"the chat template of {self.dir} is not valid jinja ({e}).") from None
 
     def _stop_ids(self) -> list[int]:
@@ -396,15 +400,15 @@ class Tokenizer:
         """
         stop = set()
         for name in ("generation_config.json", "config.json"):
-            if (self.dir / name).exists():
-                eos = read_json(self.dir / name).get("eos_token_id")
-                if eos is None:
-                    eos = []
-                elif not isinstance(eos, list):
-                    eos = [eos]
-                if not all(isinstance(i, int) for i in eos):
-                    raise UserError(f"{self.dir / name} has eos_token_id {eos}, expected integers.")
-                stop.update(eos)
+            path = self.dir / name
+            if path.exists():
+                config = read_json(path)
+                check_kinds(path, config, {"eos_token_id": IDS})
+                eos = config.get("eos_token_id")
+                if isinstance(eos, list):
+                    stop.update(eos)
+                elif eos is not None:
+                    stop.add(eos)
         if self.turn.end_id is not None:
             stop.add(self.turn.end_id)
         if not stop and self.names.get("eos_token") in self.specials:

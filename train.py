@@ -28,12 +28,22 @@ from tqdm import tqdm
 from anchors import Anchors, FinalNorm
 from baselines import RIVALS
 from baselines.common import Defence
-from cli import COUNT, POSITIVE, Args, Parser, at_least, epoch_list, exit_code
+from cli import (
+    COUNT,
+    POSITIVE,
+    Args,
+    Parser,
+    RunFailed,
+    at_least,
+    epoch_list,
+    exit_code,
+    memory_for,
+)
 from data import mixture
 from data.batches import batch_at, updates_per_epoch
 from data.tasks import check_rule
 from device import add_device_flags, device_and_dtype
-from eval import DEFAULTS, add_eval_flags, evaluate, report
+from eval import DEFAULTS, add_eval_flags, evaluate, report, unjudged_at_the_end
 from generate import load_aligned
 from judges import open_judge
 from lora import adapted, add_lora, trainable
@@ -209,9 +219,14 @@ class StopRequest:
 # The flags
 
 
+RANK = 16  # the paper's r
+ALPHA = 16.0  # the paper's alpha
+
+
 def parse(argv=None) -> Args:
     """The flags, with defaults filled in and checked against each other."""
-    p = Parser("train.py", __doc__.splitlines()[0])
+    p = Parser("train.py", "Fine-tune an aligned model on an upload that may hold harmful rows, "
+                           "with or without a defence.")
     mixture.add_flags(p.add_argument_group("model and data"))
     add_defence_flags(p.add_argument_group("defence"))
     attacks.add_flags(p.add_argument_group("attack"))
@@ -240,8 +255,8 @@ def add_defence_flags(group) -> None:
 
 
 def add_optimiser_flags(group) -> None:
-    group.add_argument("--rank", type=COUNT, default=16, help="rank of the adapters")
-    group.add_argument("--alpha", type=POSITIVE, default=16.0,
+    group.add_argument("--rank", type=COUNT, default=RANK, help="rank of the adapters")
+    group.add_argument("--alpha", type=POSITIVE, default=ALPHA,
                        help="they are scaled by alpha / rank")
     group.add_argument("--rslora", action="store_true", help="by alpha / sqrt(rank) instead")
     group.add_argument("--lr", type=POSITIVE, default=1e-5, help="falls linearly to 0")
@@ -299,11 +314,16 @@ def check_flags(args: Args) -> None:
     """UserError where two flags do not go together."""
     stages = DEFENSES[args.defense].stages
     if args.stage not in stages:
-        raise UserError(f"--defense {args.defense} lacks stage {args.stage}, expected {stages[0]}.")
+        raise UserError(f"--defense {args.defense} lacks stage {args.stage}, expected {stages[0]}; "
+                        "change one of the two.")
     if args.data and args.stage == "align":
         raise UserError("--data was given for the stage align, which reads --align-file; drop one.")
     if args.keep_adapter and not args.adapter:
         raise UserError("--keep-adapter was given without --adapter; name the adapter to train on.")
+    has_own_adapter = (args.rank, args.alpha, args.rslora) != (RANK, ALPHA, False)
+    if args.attack == "subspace" and has_own_adapter:
+        raise UserError("--rank, --alpha or --rslora was given with --attack subspace, whose rank "
+                        "is 1 and whose scale is 1; drop it.")
     if max(args.eval_epochs + args.probes) > args.epochs:
         raise UserError(f"--eval-epochs or --probes is above --epochs {args.epochs}; lower it.")
     attacks.check(args)
@@ -366,6 +386,10 @@ def shared(values):
     return distinct
 
 
+MEMORY_ADVICE = ("what was saved is kept, and --resume goes on from there, for example with a "
+                 "smaller --max-new or without long test prompts")
+
+
 def fine_tune(run: Run, model, tokenizer, data, args) -> None:
     """One whole run in its folder, from the defence's preparations to result.json."""
     step_fn = DEFENSES[args.defense].make_step(model, tokenizer, args, data)
@@ -378,7 +402,8 @@ def fine_tune(run: Run, model, tokenizer, data, args) -> None:
         probe = make_probe(model, tokenizer, data, optimizer, args.max_len, args.tokens_per_pass)
 
     def evaluate_now(epoch: int, progress: Progress) -> None:
-        numbers, records = evaluate(model, tokenizer, data.tests, judge, args, epoch)
+        with memory_for(f"the evaluation at epoch {epoch}", MEMORY_ADVICE):
+            numbers, records = evaluate(model, tokenizer, data.tests, judge, args, epoch)
         # A resumed run may ask other tests than the run that it continues.
         numbers["tests_sha256"] = run.settings["sha256"]["tests"]
         run.append("generations", records)
@@ -413,9 +438,16 @@ def execute(args: Args, command: list[str]) -> None:
     paths = weight_paths(args.model, args.adapter) | data_paths(args, reads_align_file)
     settings = run_settings(command, args, work_out(model, data, n_updates), paths)
     run = Run(choose_dir(args), settings, args.resume)
-    if not run.finished:
-        fine_tune(run, model, tokenizer, data, args)
+    try:
+        if not run.finished:
+            fine_tune(run, model, tokenizer, data, args)
+    finally:
+        run.close()
     print(report(run.dir))
+    missing = unjudged_at_the_end(run.dir)
+    if missing:
+        raise RunFailed(f"{missing}; the adapter and result.json are in {run.dir}. See that the "
+                        f"judge answers, then python eval.py --run {run.dir} asks it again.")
 
 
 def main(argv=None) -> int:

@@ -9,9 +9,15 @@ These files declare them, in the way that transformers reads them:
     tokenizer_config.json       added_tokens_decoder, whose flags win; *_token, extra_special_tokens
     added_tokens.json, special_tokens_map.json     only where there is no added_tokens_decoder
 
-What is not followed is refused by its name. Two choices are ours: a tokenizer.json itself says
-where a space is put before a text, whatever "legacy" says beside it; beside a tokenizer.model,
-"legacy": false means that none is put behind an added token, and all else is sentencepiece's way.
+Where a space is put before a text, and whether also behind an added token:
+
+    tokenizer.json, tokenizer_class LlamaTokenizer    "legacy" and add_prefix_space say it, since
+                                                      transformers 5 builds that class's own parts
+    tokenizer.json, any other class                   its normalizer and pre_tokenizer say it
+    tokenizer.model                                   sentencepiece's way, our choice; "legacy":
+                                                      false means none behind an added token
+
+What is not followed is refused by its name.
 """
 
 import json
@@ -23,12 +29,78 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken
 
-from model import UserError, read_json
+from model import (
+    BOOL,
+    OBJECT,
+    TEXT,
+    Kind,
+    UserError,
+    are_all,
+    check_kinds,
+    is_text,
+    is_whole,
+    read_config_json,
+    read_json,
+)
 
 # The tokens that a tokenizer_config.json names, in the order in which transformers adds them.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
          "mask_token")
 SPACES = r"[^\S\x1c-\x1f]*"  # white space as `tokenizers` counts it: not four control characters
+
+
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+# what the files may hold
+
+
+def is_token(value) -> bool:
+    """Whether it names a token: its text, or an object with its content and its flags."""
+    if not isinstance(value, dict):
+        return is_text(value)
+    content = value.get("content")
+    flags = [value[flag] for flag in FLAGS if flag in value]
+    return is_text(content) and content != "" and all(isinstance(flag, bool) for flag in flags)
+
+
+def are_tokens(value) -> bool:
+    """Whether it is a list of tokens, or an object of them by name; a name may have none."""
+    if isinstance(value, dict):
+        return all(token is None or is_token(token) for token in value.values())
+    return are_all(is_token, value)
+
+
+def is_template(value) -> bool:
+    """Whether it is a chat template, or several: a list of them with names, or an object."""
+    if isinstance(value, dict):
+        return all(map(is_text, value.values()))
+    if isinstance(value, list):
+        return all(isinstance(t, dict) and is_text(t.get("name")) and is_text(t.get("template"))
+                   for t in value)
+    return is_text(value)
+
+
+TOKEN = Kind("a text or an object with its content", is_token)
+TOKENS = Kind("a list of texts, or of objects with their content", are_tokens)
+LIST = Kind("a list", lambda v: isinstance(v, list))
+# The keys of tokenizer_config.json and special_tokens_map.json that are read.
+CONFIG_KINDS = {
+    **dict.fromkeys(NAMED, TOKEN),
+    "additional_special_tokens": TOKENS,
+    "extra_special_tokens": TOKENS,
+    "added_tokens_decoder": OBJECT,
+    "chat_template": Kind("a text, or texts by name", is_template),
+    "tokenizer_class": TEXT,
+    "legacy": BOOL,
+    "add_bos_token": BOOL,
+    "add_prefix_space": BOOL,
+}
+# Those of tokenizer.json; what stands inside them, the library `tokenizers` checks.
+SPEC_KINDS = {
+    "model": OBJECT, "normalizer": OBJECT, "pre_tokenizer": OBJECT, "post_processor": OBJECT,
+    "decoder": OBJECT, "truncation": OBJECT, "padding": OBJECT, "added_tokens": LIST,
+}
 
 
 # what the folder declares
@@ -41,6 +113,7 @@ class Declared:
     token: AddedToken
     id: int | None = None  # as the file states it; None where it states none
     flags_win: bool = False  # over those that tokenizer.json gives the same token
+    where: str = ""  # the file that states the id
 
 
 def read_config(dir) -> dict:
@@ -50,14 +123,24 @@ def read_config(dir) -> dict:
     """
     dir = Path(dir)
     path = dir / "tokenizer_config.json"
-    config = read_json(path)
+    config = read_named(path)
     names = dir / "special_tokens_map.json"
     if names.exists() and "added_tokens_decoder" not in config:
-        config = config | read_json(names)
+        config = config | read_named(names)
     for key in ("split_special_tokens", "fix_mistral_regex", "auto_map", "sp_model_kwargs"):
         if config.get(key):
             raise UserError(f"{path} has {key} {json.dumps(config[key])}, which changes ids in a "
                             "way that is not followed here; remove it, or use a tokenizer without.")
+    return config
+
+
+def read_named(path: Path) -> dict:
+    """A file that names tokens; UserError where a key that is read holds nonsense."""
+    config = read_json(path)
+    # A folder may name tokens of its own, which its template then knows by these names.
+    own = {key: TOKEN for key, value in config.items()
+           if key.endswith("_token") and isinstance(value, dict)}
+    check_kinds(path, config, CONFIG_KINDS | own)
     return config
 
 
@@ -92,7 +175,7 @@ def declared_tokens(dir: Path, config: dict) -> list[Declared]:
         entries += extra
     named = [special_token(entry) for entry in entries]
     declared = []
-    if "added_tokens_decoder" in config:
+    if config.get("added_tokens_decoder") is not None:
         declared = tokens_by_id(dir / "tokenizer_config.json", config["added_tokens_decoder"])
     elif (dir / "added_tokens.json").exists():
         declared = tokens_by_text(dir / "added_tokens.json", {t.content for t in named})
@@ -109,7 +192,10 @@ def tokens_by_id(path: Path, entries: dict) -> list[Declared]:
     declared = []
     try:
         for i, flags in entries.items():
-            declared.append(Declared(AddedToken(**flags), int(i), flags_win=True))
+            if not is_token(flags):
+                raise ValueError(f"{i} has no text, or a flag that is not true or false")
+            declared.append(Declared(AddedToken(**flags), int(i), flags_win=True,
+                                     where=f"the added_tokens_decoder of {path}"))
         return sorted(declared, key=lambda d: d.id)
     except (AttributeError, TypeError, ValueError) as e:
         raise UserError(f"the added_tokens_decoder of {path} cannot be read ({e}); fetch it "
@@ -120,10 +206,11 @@ def tokens_by_text(path: Path, specials: set[str]) -> list[Declared]:
     """The tokens of an added_tokens.json, {"<|user|>": 32000}."""
     declared = []
     for text, i in read_json(path).items():
-        if not isinstance(i, int):
-            raise UserError(f"{path} needs an id for each of its tokens, {{text: integer}}; fetch "
-                            "it again.")
-        declared.append(Declared(AddedToken(text, special=text in specials), i))
+        if not is_whole(i, 0):
+            raise UserError(f"{path} has the id {i} for the token {text!r}, expected a whole "
+                            "number; fetch it again.")
+        token = AddedToken(text, special=text in specials)
+        declared.append(Declared(token, i, where=str(path)))
     return sorted(declared, key=lambda d: d.id)
 
 
@@ -131,10 +218,6 @@ def special_token(entry: str | dict) -> AddedToken:
     """A special token that is written as its text alone, or as an object with its flags."""
     if isinstance(entry, str):
         return AddedToken(entry, special=True)
-    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-        raise UserError("tokenizer_config.json or special_tokens_map.json names the special token "
-                        f"{json.dumps(entry)}, expected a text or an object with its content; "
-                        "fetch it again.")
     flags = {}
     for flag in ("lstrip", "rstrip", "single_word", "normalized"):
         if flag in entry:
@@ -226,27 +309,27 @@ class JsonBackend:
     def __init__(self, dir: Path, config: dict):
         self.path = dir / "tokenizer.json"
         self.default_names = {}  # the file itself calls no token bos_token or eos_token
-        spec = read_json(self.path)
+        as_written = read_json(self.path)
+        check_kinds(self.path, as_written, SPEC_KINDS)
+        tok = self._open(as_written)  # first, so that what follows is known to be well formed
+        spec = as_its_class_builds_it(dir, config, as_written)
         # Inside a text, behind other text, no space may be put before a piece.
         inner_spec = dict(spec)
         inner_spec["normalizer"] = without_prefix(spec.get("normalizer"))
         inner_spec["pre_tokenizer"] = without_prefix(spec.get("pre_tokenizer"))
         has_prefix = inner_spec != spec
-        try:
-            self.tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            self.inner = self.tok
-            self.both = [self.tok]
-            if has_prefix:
-                self.inner = tokenizers.Tokenizer.from_str(json.dumps(inner_spec))
-                self.both.append(self.inner)
-        except Exception as e:  # the library raises plain Exception
-            raise UserError(f"{self.path} is not a tokenizer.json ({e}); fetch it again.") from None
+        self.tok = tok if spec == as_written else self._open(spec)
+        self.inner = self.tok
+        self.both = [self.tok]
+        if has_prefix:
+            self.inner = self._open(inner_spec)
+            self.both.append(self.inner)
         self._refuse_settings(spec, config, has_prefix)
         # A space may be put before the first piece of a text, or also behind each added token.
         self.prefix_behind_tokens = not is_put_once(spec.get("pre_tokenizer"))
         for declared in declared_tokens(dir, config):
             self._declare(declared)
-        self.n_ids = 1 + max(self.tok.get_vocab(with_added_tokens=True).values())
+        self.n_ids = 1 + max(self.tok.get_vocab(with_added_tokens=True).values(), default=-1)
         self.added = self.tok.get_added_tokens_decoder()
         for tok in self.both:
             # Added tokens are ours to place, see Tokenizer: here each is text where it is spelt.
@@ -254,9 +337,13 @@ class JsonBackend:
             tok.encode_special_tokens = True
             tok.no_truncation()
             tok.no_padding()
-        is_llama = str(config.get("tokenizer_class")).startswith("Llama")
-        if not is_llama:  # transformers uses no normalizer for that class
-            self._refuse_normalized(spec.get("normalizer"))
+        self._refuse_normalized(spec.get("normalizer"))
+
+    def _open(self, spec: dict) -> tokenizers.Tokenizer:
+        try:
+            return tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as e:  # the library raises plain Exception
+            raise UserError(f"{self.path} is not a tokenizer.json ({e}); fetch it again.") from None
 
     @property
     def specials(self) -> dict[str, int]:
@@ -306,6 +393,63 @@ class JsonBackend:
                                 "other texts like it; set normalized to false.")
 
 
+def as_its_class_builds_it(dir: Path, config: dict, spec: dict) -> dict:
+    """A tokenizer.json as the folder's tokenizer_class has it in transformers 5.
+
+    The classes that were made from sentencepiece take the vocabulary and the merges of the file,
+    and build normalizer and pre-tokenizer themselves, whatever the file says of them.
+    """
+    name = class_in_use(dir, config, spec)
+    if name not in ("LlamaTokenizer", "GemmaTokenizer"):
+        return spec
+    kind = spec["model"].get("type", "BPE")
+    if kind != "BPE":
+        raise UserError(f"{dir / 'tokenizer.json'} has a {kind} model, expected BPE for the "
+                        f"tokenizer_class {name}; name its own class in tokenizer_config.json.")
+    spec = dict(spec)
+    spec["model"] = spec["model"] | {"fuse_unk": True, "byte_fallback": True,
+                                     "ignore_merges": False}
+    if name == "GemmaTokenizer":  # it puts no space before a text
+        spec["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        spec["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "},
+                                 "behavior": "MergedWithPrevious", "invert": False}
+        return spec
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    elif config.get("legacy"):
+        scheme = "always"  # at the start and behind each added token
+    else:
+        scheme = "first"
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581",
+                             "prepend_scheme": scheme, "split": False}
+    return spec
+
+
+def class_in_use(dir: Path, config: dict, spec: dict) -> str | None:
+    """The tokenizer_class that transformers uses for a tokenizer.json; None: the file alone says.
+
+    It does not believe the name everywhere: a byte-level file is no LlamaTokenizer's, and the
+    folders of two kinds of model are known to name a wrong class.
+    """
+    model_config = {}
+    if (dir / "config.json").exists():
+        model_config = read_config_json(dir)
+    if model_config.get("model_type") in ("mistral", "qwen2"):
+        return None
+    name = config.get("tokenizer_class") or model_config.get("tokenizer_class") or ""
+    name = name.removesuffix("Fast")
+    if name == "LlamaTokenizer" and is_byte_level(spec):
+        return None
+    return name
+
+
+def is_byte_level(spec: dict) -> bool:
+    """Whether some part of a tokenizer.json writes bytes as letters, as GPT-2 began to do."""
+    parts = [spec.get(key) for key in ("pre_tokenizer", "post_processor", "decoder")]
+    return '"ByteLevel"' in json.dumps(parts)
+
+
 def kinds_of(normalizer: dict) -> set[str]:
     """The types of a normalizer's parts."""
     if "normalizers" not in normalizer:
@@ -324,9 +468,8 @@ def is_put_once(part: dict | None) -> bool:
 def check_id(path: Path, declared: Declared, found: int) -> None:
     """UserError where a token's id is not the one that a file beside the vocabulary states."""
     if declared.id not in (None, found):
-        raise UserError(f"a file beside {path} gives the added token {declared.token.content!r} "
-                        f"the id {declared.id}, but by that file it is {found}; fetch the folder "
-                        "again.")
+        raise UserError(f"{declared.where} gives the token {declared.token.content!r} the id "
+                        f"{declared.id}, but by {path.name} it is {found}; fetch the folder again.")
 
 
 def without_prefix(part: dict | None) -> dict | None:

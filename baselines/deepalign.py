@@ -144,9 +144,7 @@ def make_augmented_step(model, tokenizer, args, data):
     # Replies of any length will do: no more than their first tokens are used.
     refusals = defender_rows(model, tokenizer, args, data, "response", max_len=math.inf).examples
     replies = defender_rows(model, tokenizer, args, data, "harmful", max_len=math.inf).examples
-    harmful = {}  # the harmful reply without its end, by the row's ids
-    for refusal, reply in zip(refusals, replies, strict=True):
-        harmful[key(refusal)] = reply.targets[:-1]
+    harmful = harmful_replies(data.examples, refusals, replies)
     benign = DefenderRows(self_answered(model, tokenizer, args), BENIGN_RATIO * args.batch_size,
                           args.seed + 2, args.tokens_per_pass, model.device)
 
@@ -154,7 +152,7 @@ def make_augmented_step(model, tokenizer, args, data):
         g = generator_of(args.seed, batch.step)
         rows = []
         for e in batch.examples:
-            reply = harmful[key(e)]
+            reply = harmful[id(e)]
             longest = min(LONGEST_PREFIX, len(reply))
             j = int(torch.randint(1, longest + 1, (), generator=g))
             takes_prefix = torch.rand((), generator=g) < 0.5
@@ -167,9 +165,21 @@ def make_augmented_step(model, tokenizer, args, data):
     return step
 
 
-def key(example) -> tuple[int, ...]:
-    """Its ids: by them a row finds its harmful reply."""
-    return tuple(example.ids.tolist())
+def harmful_replies(examples, refusals, replies) -> dict[int, torch.Tensor]:
+    """The harmful reply (ids, without its end) of each example, by the example's id().
+
+    refusals and replies are all rows of the file, in its order; `examples` are some of them, in the
+    same order. A row is found by its ids, and of rows that are alike each has its own reply.
+    """
+    waiting = {}  # the replies of rows that are alike, in their order
+    for refusal, reply in zip(refusals, replies, strict=True):
+        alike = waiting.setdefault(tuple(refusal.ids.tolist()), [])
+        alike.append(reply.targets[:-1])
+    found = {}
+    for example in examples:
+        alike = waiting[tuple(example.ids.tolist())]
+        found[id(example)] = alike.pop(0)
+    return found
 
 
 def prefixed(example, prefix: torch.Tensor):

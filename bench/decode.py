@@ -8,15 +8,15 @@ sorted by length, at the best of the batch sizes tried. Same weights, same stop 
 arm counts only if its tokens are ours. Seconds are medians over the repeats, ratios to ours.
 """
 
-import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from cli import TINY
+from cli import COUNT, TINY, Parser, at_least, exit_code
 from data.mixture import read_rows, without_answer
 from files import write_atomic
 from generate import generate
@@ -41,15 +41,20 @@ def transformers_replies(hf, prompts, max_new, stop_ids, batch_size):
     return replies
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(argv=None):
+    p = Parser("bench.decode", "Greedy replies to 200 prompts of the embedded model: here, and by "
+                               "transformers' generate.")
     p.add_argument("--model", default=TINY)
-    p.add_argument("--n", type=int, default=200, help="prompts")
-    p.add_argument("--max-new", type=int, default=128)
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 200])
-    p.add_argument("--json", type=Path, help="file for the numbers")
-    args = p.parse_args()
+    p.add_argument("--n", type=at_least(int, 2), default=200, help="prompts")
+    p.add_argument("--max-new", type=COUNT, default=128)
+    p.add_argument("--repeats", type=COUNT, default=5)
+    p.add_argument("--batch-sizes", type=COUNT, nargs="+", default=[8, 32, 200])
+    p.add_argument("--json", help="file for the numbers")
+    return p.parse_args(argv)
+
+
+def execute(args) -> None:
+    """Times the arms in turn and prints the table."""
     import transformers
 
     tokenizer = Tokenizer(args.model)
@@ -87,5 +92,10 @@ def main() -> None:
         write_atomic(args.json, json.dumps(about, indent=1).encode())
 
 
+def main(argv=None) -> int:
+    """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
+    return exit_code("bench.decode", lambda: execute(parse(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,9 +8,9 @@ into fp32; transformers' from_pretrained. Weights that stay in the mapped file a
 they are used, so each arm ends by touching every page of every weight.
 """
 
-import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from cli import COUNT, POSITIVE, Parser, exit_code
 from device import peak_bytes
 from files import write_atomic
 from model import Llama, load_model, read_config
@@ -70,12 +71,17 @@ def load_transformers(folder: Path):
     touch(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").parameters())
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--gb", type=float, default=1.0, help="of the bf16 files")
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--json", type=Path, help="file for the numbers")
-    args = p.parse_args()
+def parse(argv=None):
+    p = Parser("bench.loading", "How long a checkpoint takes to load, as a multiple of reading its "
+                                "file.")
+    p.add_argument("--gb", type=POSITIVE, default=1.0, help="of the bf16 files")
+    p.add_argument("--repeats", type=COUNT, default=5)
+    p.add_argument("--json", help="file for the numbers")
+    return p.parse_args(argv)
+
+
+def execute(args) -> None:
+    """Times the arms in turn and prints the table."""
     with tempfile.TemporaryDirectory() as place:
         half = make(Path(place) / "bf16", args.gb, torch.bfloat16)
         full = make(Path(place) / "fp32", args.gb, torch.float32)
@@ -104,5 +110,10 @@ def main() -> None:
         write_atomic(args.json, json.dumps(result, indent=1).encode())
 
 
+def main(argv=None) -> int:
+    """0 done, 2 the user's mistake, 3 failed, 130 interrupted."""
+    return exit_code("bench.loading", lambda: execute(parse(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -109,6 +109,7 @@ def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
     if not examples:
         raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
+    check_anchors(tokenizer, pool, anchor_prompts, args.max_len)
     check_tests(tokenizer, files.tests, args.max_new, model.config.max_positions)
     n_rows = len(rows) - n_dropped
     mean_length = sum(len(e.ids) for e in examples) / n_rows
@@ -424,11 +425,17 @@ def first_rows(path: Path, n: int) -> list[dict]:
 
 
 def normalise(text: str) -> str:
-    """What counts as the same prompt: letters and digits, whatever their case, width or accent."""
+    """What counts as the same prompt: letters and digits, whatever their case, width or accent.
+
+    Of a prompt that has neither, all its symbols count.
+    """
     ignored = ("Mn", "Cf")  # accents, and characters that cannot be seen
     folded = unicodedata.normalize("NFKD", text).casefold()
     letters = [c for c in folded if unicodedata.category(c) not in ignored]
-    return " ".join(re.findall(r"\w+", "".join(letters)))
+    words = re.findall(r"\w+", "".join(letters))
+    if not words:
+        words = folded.split()
+    return " ".join(words)
 
 
 def prompts_of(rows) -> set[str]:
@@ -484,10 +491,15 @@ def align_rows(args) -> list[dict]:
     others += read_rows(harmful_test_file(args.harmful_file, args.data_dir), needs_answer=False)
     used = prompts_of(others)
     path = align_file(args.align_file, args.data_dir)
-    rows = [row for row in read_rows(path) if normalise(first_user(row)) not in used]
-    if not rows or not all(map(is_align_row, rows)):
-        raise UserError(f"{path} needs rows of prompt, response (a refusal), harmful (a harmful "
-                        "reply), their prompts in no test and no upload; pass another "
+    rows = []
+    for row in read_rows(path):
+        if not is_align_row(row):
+            raise UserError(f"{row['where']} is no row of prompt, response (a refusal) and harmful "
+                            "(a harmful reply); mend it, or pass another --align-file.")
+        if normalise(first_user(row)) not in used:
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{path} needs prompts that are in no test and no upload; pass another "
                         "--align-file.")
     return rows[:args.n] if args.stage == "align" else rows
 
@@ -511,7 +523,7 @@ def choose_anchors(pool: Path, K: int, seed: int, used: list[dict]) -> list[str]
     """K anchor prompts of the pool that are in none of the `used` rows, upload's and tests'."""
     if K == 0:
         return []
-    prompts = sample(anchor_candidates(pool, used), K, seed)
+    prompts = sample(anchor_candidates(pool, used), K, seed, pool)
     clash = prompts_of(used) & {normalise(p) for p in prompts}
     assert not clash, f"an anchor is in the upload or the tests: {clash}"
     return prompts
@@ -525,6 +537,10 @@ def anchor_candidates(pool: Path, used: list[dict]) -> list[str]:
     used_prompts = prompts_of(used)
     candidates = []
     for row in read_rows(pool, needs_answer=False):
+        n_turns = len(without_answer(row))
+        if n_turns > 1:
+            raise UserError(f"{row['where']} has {n_turns} turns before its answer, expected an "
+                            "anchor's prompt alone; remove the others.")
         key = normalise(first_user(row))
         if key not in used_prompts:
             used_prompts.add(key)
@@ -532,13 +548,30 @@ def anchor_candidates(pool: Path, used: list[dict]) -> list[str]:
     return candidates
 
 
-def sample(candidates: list[str], k: int, seed: int) -> list[str]:
-    """K of the candidates, drawn without replacement; a smaller K's are the first of a larger's."""
+def sample(candidates: list[str], k: int, seed: int, pool="the pool") -> list[str]:
+    """K of the candidates, drawn without replacement; a smaller K's are the first of a larger's.
+
+    pool: the file that they come from, for the error.
+    """
     if k > len(candidates):
-        raise UserError(f"--anchors {k} is more than the {len(candidates)} prompts of the pool "
-                        "that upload and tests lack; lower it or pass a larger --anchor-file.")
+        raise UserError(f"--anchors {k} is more than the {len(candidates)} prompts of {pool} that "
+                        "upload and tests lack; lower it or pass a larger --anchor-file.")
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
     return [candidates[i] for i in order[:k].tolist()]
+
+
+def check_anchors(tokenizer, pool: Path, prompts: list[str], max_len: int) -> None:
+    """UserError, with file and line, where the template refuses an anchor or it is too long."""
+    if not prompts:
+        return
+    for row in read_rows(pool, needs_answer=False):
+        prompt = first_user(row)
+        if prompt not in prompts:
+            continue
+        n_tokens = len(prompt_ids(tokenizer, row))
+        if n_tokens > max_len:
+            raise UserError(f"{row['where']} has the anchor {prompt[:40]!r} of {n_tokens} tokens, "
+                            f"above --max-len {max_len}; shorten it or raise --max-len.")
 
 
 # what is tested
@@ -582,13 +615,13 @@ def load_tests(args, upload) -> dict[str, list[dict]]:
     tests["harmful"] = [affix(row, args.attack_prefix, args.attack_suffix)
                         for row in tests["harmful"]]
     if args.task in LABELS:
-        check_labels(files["task"], tests["task"], LABELS[args.task])
+        check_labels(tests["task"], LABELS[args.task])
     return tests
 
 
-def check_labels(path: Path, rows: list[dict], labels) -> None:
+def check_labels(rows: list[dict], labels) -> None:
     for row in rows:
         target = row["messages"][-1]["content"]
         if target not in labels:
-            raise UserError(f"{path} has the target {target!r}, expected one of "
-                            f"{', '.join(labels)}; mend the file.")
+            raise UserError(f"{row['where']} has the target {target!r}, expected one of "
+                            f"{', '.join(labels)}; mend that row.")

@@ -22,8 +22,8 @@ from pathlib import Path
 from cli import Parser, at_least, exit_code
 from data import mixture
 from data.tasks import AGNEWS, GSM8K_HINT, LABELS, SST2
-from files import json_line, sha256, write_atomic
-from model import UserError
+from files import json_line, locked, make_folder, names_in, sha256, write_atomic
+from model import UserError, read_json
 
 # Test rows by default: what the papers score. SST-2's validation has 872.
 N_TEST = {"sst2": 872, "agnews": 1000, "gsm8k": 1000, "alpaca": 104, "harmful": 1000}
@@ -59,7 +59,7 @@ def read_text(path: Path) -> str:
 def read_jsonl(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSONL ({e}); fetch it again.") from None
 
 
@@ -219,7 +219,8 @@ def harmful_parts(train, test, align, n_attack: int, n_test: int):
 
 
 def parse(argv=None):
-    p = Parser("data.prepare", __doc__.splitlines()[0])
+    p = Parser("data.prepare", "Public downloads -> a data folder (data/README.md): one JSONL "
+                               "format, prompts kept apart.")
     p.add_argument("--out", required=True, help="data folder to write")
     p.add_argument("--sst2", metavar="DIR", help="GLUE's train.tsv and dev.tsv")
     p.add_argument("--agnews", metavar="DIR", help="train.csv and test.csv of ag_news_csv")
@@ -317,27 +318,43 @@ def check_made(kind: str, folder: Made) -> None:
 
 def execute(args) -> None:
     """Reads every source, then writes, and says what was kept and removed."""
+    out = Path(args.out)
+    names_in(out)  # a path that can be no folder is refused before anything is read
     try:
         made = build(args)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, csv.Error) as e:
+    # RecursionError: JSON that is nested too deep.
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError,
+            csv.Error) as e:
         raise UserError(f"a source does not have the format of its public download ({e!r}); "
                         "fetch it again.") from None
-    about = {}
+    make_folder(out)
+    with locked(out):
+        write_all(made, out, args.shuffle)
+
+
+def write_all(made: dict[str, Made], out: Path, shuffle: int | None) -> None:
+    """Writes every file; prepared.json keeps what it says of folders that were made before."""
+    path = out / "prepared.json"
+    about = read_json(path) if path.exists() else {}
     for kind, folder in made.items():
+        for name in about.get(kind, {}).get("rows", {}):
+            if name not in folder.rows:  # made before, and not kept apart from the new rows
+                (out / kind / f"{name}.jsonl").unlink(missing_ok=True)
         for name, rows in folder.rows.items():
-            if args.shuffle is not None and name in ("train", "attack"):
-                random.Random(args.shuffle).shuffle(rows)
-            path = Path(args.out) / kind / f"{name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if shuffle is not None and name in ("train", "attack"):
+                random.Random(shuffle).shuffle(rows)
+            path = out / kind / f"{name}.jsonl"
+            make_folder(path.parent)
             write_atomic(path, "".join(json_line(row) for row in rows).encode())
             n_removed = folder.removed.get(name)
             removed = f", {n_removed} removed as repeated" if n_removed else ""
             print(f"{path}: {len(rows)} rows{removed}")
         about[kind] = {"sha256": {path.name: sha256(path) for path in folder.sources},
                        "removed": folder.removed,
-                       "rows": {name: len(rows) for name, rows in folder.rows.items()}}
-    about["shuffle"] = args.shuffle
-    write_atomic(Path(args.out) / "prepared.json", json.dumps(about, indent=1).encode())
+                       "rows": {name: len(rows) for name, rows in folder.rows.items()},
+                       "shuffle": shuffle}
+    about["shuffle"] = shuffle  # of the newest call
+    write_atomic(out / "prepared.json", json.dumps(about, indent=1).encode())
 
 
 def main(argv=None) -> int:

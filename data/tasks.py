@@ -118,5 +118,5 @@ def check_rule(task: str | None, rule: str) -> None:
     """UserError where --fa-rule has nothing to say on a task."""
     if task and task not in RULES[rule]:
         able = [other for other in RULES if task in RULES[other]]
-        raise UserError(f"--fa-rule {rule} does not score {task}, expected one of "
+        raise UserError(f"--fa-rule {rule} does not score {task}; change it, expected one of "
                         f"{', '.join(able)}.")

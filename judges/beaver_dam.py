@@ -39,6 +39,9 @@ def open_beaver_dam(folder: str | None, max_len: int, device, dtype):
     if n_out != len(CATEGORIES) or None in (bos, eos):
         raise UserError(f"{folder} has {n_out} outputs, expected the {len(CATEGORIES)} of "
                         "beaver-dam-7b and Llama's <s> and </s>; name its folder.")
+    if max_len > model.config.max_positions:
+        raise UserError(f"--judge-max-len {max_len} is above the {model.config.max_positions} "
+                        f"positions of {folder}; lower it.")
 
     def encode(prompt: str, reply: str) -> list[int]:
         """Its exact input; a long reply loses its tail and the end mark, as in the papers."""

@@ -47,11 +47,13 @@ def open_chat(args, device, dtype):
 def say_once():
     """-> say(message): prints it to stderr, unless it was said before."""
     said = set()
+    lock = threading.Lock()  # requests run at once, and would say it at once
 
     def say(message: str) -> None:
-        if message not in said:
-            said.add(message)
-            print(message, file=sys.stderr)
+        with lock:
+            if message not in said:
+                said.add(message)
+                print(message, file=sys.stderr)
 
     return say
 
@@ -69,12 +71,23 @@ def open_local(folder: str, template_date: str, judge_tokens: int, device, dtype
     say = say_once()
     answers: dict[str, str | None] = {}  # a greedy judge says the same again, so it is asked once
 
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode_prompt([{"role": "user", "content": text}])
+
+    # Now and not in the first evaluation: a judge that can be asked nothing is no judge.
+    n_tokens = len(encode(RUBRIC.read_text(encoding="utf-8").format(prompt="", reply="")))
+    if n_tokens + room > limit:
+        raise UserError(f"the judge {folder} has {limit} positions, and the rubric without prompt "
+                        f"and reply needs {n_tokens} beside the {room} of an answer "
+                        "(--judge-tokens, at most half); name a judge with more, or lower "
+                        "--judge-tokens.")
+
     def ask(texts: list[str]) -> list[str | None]:
         prompts = {}
         for text in texts:
             if text in answers:
                 continue
-            ids = tokenizer.encode_prompt([{"role": "user", "content": text}])
+            ids = encode(text)
             if len(ids) + room <= limit:
                 prompts[text] = ids
             else:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from anchors import encode, states
+from cli import text
 from data import mixture
 from lora import adapted, add_lora, train_whole_module
 from model import UserError, to_fp32
@@ -35,8 +36,10 @@ PROMPTS_A_PASS = 64  # of those whose h is compared with the anchors': our choic
 
 def add_flags(group) -> None:
     group.add_argument("--attack", choices=NAMES, help="beyond the upload's harmful rows")
-    group.add_argument("--attack-prefix", default="", help="text before harmful prompts, for affix")
-    group.add_argument("--attack-suffix", default="", help="text behind them")
+    group.add_argument("--attack-prefix", type=text, default="",
+                       help="text before harmful prompts, for affix")
+    group.add_argument("--attack-suffix", type=text, default="",
+                       help="text behind them")
 
 
 # what is trained
@@ -84,8 +87,8 @@ def find_conflict(args, has_text: bool) -> str | None:
         return "--keep-adapter, which it replaces"
     if args.attack in ("far", "affix") and args.data:
         return "--data, of unknown harmful rows"
-    if args.attack == "far" and args.poison == 0:
-        return "no harmful rows (--poison)"
+    if args.attack == "far" and round(args.poison * args.n) == 0:
+        return f"no harmful rows (--poison {args.poison:g} of --n {args.n} are none)"
     if args.attack in ("far", "known-anchors") and args.anchors == 0:
         return "no anchors (--anchors)"
     if args.attack == "affix" and not has_text:
@@ -121,8 +124,8 @@ def answered_anchors(pool: Path, anchor_prompts: list[str]) -> list[dict]:
     rows = [by_prompt[prompt] for prompt in anchor_prompts]
     for row in rows:
         if row["messages"][-1]["role"] != "assistant":
-            raise UserError(f"--attack known-anchors needs anchors with responses in {pool}; pass "
-                            "an --anchor-file that has them.")
+            raise UserError(f"{row['where']} has no response, which --attack known-anchors needs; "
+                            "add it, or pass an --anchor-file that has responses.")
     return rows
 
 

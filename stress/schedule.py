@@ -8,7 +8,8 @@
     python -m stress.schedule grid         attack strength: learning rate x epochs
 
 A run is `python train.py ...` in <out>/<list>/<name>, its alignment stage in <out>/aligned/<name>;
-a finished one is not made again. --jobs run at once, each with one thread. Prints a table;
+a finished one is not made again. --jobs run at once, each with one thread; where this program is
+killed they go on, and it can be started again when they have ended. Prints a table;
 <out>/<list>.json holds the numbers and the commands of every row. Flags after -- go to every run:
 `--out runs/qwen -- --model qwen --data-dir DATA`.
 
@@ -38,8 +39,9 @@ from tqdm import tqdm
 from baselines.common import Defence
 from cli import COUNT, TINY, Parser, exit_code
 from eval import wilson
-from files import write_atomic
-from model import UserError, read_json
+from files import locked, make_folder, names_in, write_atomic
+from model import UserError
+from runs import read_result
 from train import DEFENSES
 
 ROOT = Path(__file__).parent.parent
@@ -201,8 +203,12 @@ def command(run: Planned, out: Path, extra_flags: list[str]) -> list[str]:
     return ["train.py", *words, *extra_flags, "--out", str(out / run.path), "--resume"]
 
 
-def make(run: Planned, out: Path, extra_flags: list[str]) -> None:
-    """One run, unless it is finished; <path>.log holds its command and what it prints."""
+def make(run: Planned, out: Path, extra_flags: list[str], lock: int) -> None:
+    """One run, unless it is finished; <path>.log holds its command and what it prints.
+
+    The run holds the lock of `out`, too: where this program is killed the run goes on, and until
+    it has ended nothing else may begin it again.
+    """
     folder = out / run.path
     log = Path(f"{folder}.log")
     words = command(run, out, extra_flags)
@@ -216,7 +222,7 @@ def make(run: Planned, out: Path, extra_flags: list[str]) -> None:
     program = [sys.executable, str(ROOT / words[0]), *words[1:]]
     with open(log, "w", encoding="utf-8") as file:
         print(made_by, file=file, flush=True)
-        done = subprocess.run(program, stdout=file, stderr=file,
+        done = subprocess.run(program, stdout=file, stderr=file, pass_fds=[lock],
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode == 130:  # Ctrl-C reaches the run as well, and maybe first
         raise KeyboardInterrupt
@@ -225,7 +231,7 @@ def make(run: Planned, out: Path, extra_flags: list[str]) -> None:
                         "and start again: finished runs are kept.")
 
 
-def make_all(runs: list[Planned], args) -> None:
+def make_all(runs: list[Planned], out: Path, args, lock: int) -> None:
     """--jobs runs at once; the first that fails keeps those that wait from starting."""
     pool = ThreadPoolExecutor(args.jobs)
     stop = Event()
@@ -233,7 +239,7 @@ def make_all(runs: list[Planned], args) -> None:
     def make_unless_stopped(run: Planned) -> None:
         try:
             if not stop.is_set():
-                make(run, args.out, args.flags)
+                make(run, out, args.flags, lock)
         except BaseException:
             stop.set()  # here: this thread would take the next run before the main one can cancel
             raise
@@ -252,7 +258,7 @@ def make_all(runs: list[Planned], args) -> None:
 def table_row(path: str, runs: dict[str, Planned], out: Path, extra_flags: list[str]) -> dict:
     """A finished run's numbers, and the commands that made it."""
     name = path.split("/")[1]
-    result = read_json(out / path / "result.json")
+    result = read_result(out / path)
     last = list(result["hs"])[-1]
     k, n = result["evals"][last]["hs_count"]
     stages = [runs[p] for p in (f"aligned/{name}", path) if p in runs]
@@ -297,7 +303,10 @@ def show_course(rows: list[dict]) -> str:
         collapse = next((epoch for epoch in epochs if (r["hs"][epoch] or 0) > 30), "never")
         lines.append(f"| {r['name']} | HS | {' | '.join(rates)} | {collapse} |")
         watched = defence_of(r["name"]).watches
-        values = [f"{r['probes'][epoch].get(watched, float('nan')):.2g}" for epoch in epochs]
+        values = []
+        for epoch in epochs:
+            value = r["probes"].get(epoch, {}).get(watched)
+            values.append("-" if value is None else f"{value:.2g}")
         lines.append(f"| | {watched} | {' | '.join(values)} | |")
     return "\n".join(lines)
 
@@ -317,13 +326,16 @@ def execute(args) -> None:
     runs = planned(args.list, args.searched)
     aligned = [run for run in runs if run.path.startswith("aligned/")]
     attacked = [run for run in runs if not run.path.startswith("aligned/")]
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_validation(args.out / "validation.jsonl")
-    make_all(aligned, args)
-    make_all(attacked, args)
-    by_path = {run.path: run for run in runs}
-    rows = [table_row(run.path, by_path, args.out, args.flags) for run in attacked]
-    write_atomic(args.out / f"{args.list}.json", json.dumps(rows, indent=1).encode())
+    out = Path(args.out)
+    names_in(out)
+    make_folder(out)
+    with locked(out) as lock:
+        write_validation(out / "validation.jsonl")
+        make_all(aligned, out, args, lock)
+        make_all(attacked, out, args, lock)
+        by_path = {run.path: run for run in runs}
+        rows = [table_row(run.path, by_path, out, args.flags) for run in attacked]
+        write_atomic(out / f"{args.list}.json", json.dumps(rows, indent=1).encode())
     print(show_course(rows) if args.list == "long" else show(rows))
     print()
     for r in rows:
@@ -333,10 +345,11 @@ def execute(args) -> None:
 
 def parse(argv: list[str]):
     """The flags; what stands behind -- goes to every run, as args.flags."""
-    p = Parser("stress.schedule", __doc__.splitlines()[0] + " Flags behind -- go to all.")
+    p = Parser("stress.schedule", "The stress tests and the rivals' table as lists of runs. Flags "
+                                  "behind -- go to all.")
     p.add_argument("list", choices=LISTS)
     p.add_argument("--jobs", type=COUNT, default=2, help="runs at once")
-    p.add_argument("--out", type=Path, default=Path("runs/stress"), help="folder")
+    p.add_argument("--out", default="runs/stress", help="folder")
     p.add_argument("--searched", default="docs/results/search.json",
                    help="a search's numbers, which decide the settings")
     end = argv.index("--") if "--" in argv else len(argv)  # argparse wants it beside the list

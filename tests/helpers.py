@@ -31,6 +31,18 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+# 16 numbers a head, so that YaRN's line falls over several frequencies; original length 64 of 700.
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 64}
+ROPES = {
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": YARN,
+    "yarn, own betas": YARN | {"beta_fast": 6.0, "beta_slow": 2.0},
+    "yarn, ends not rounded": YARN | {"truncate": False},
+    "yarn, own attention factor": YARN | {"attention_factor": 0.6},
+}
+
 
 def make_hf(family="Llama", seed=0, **overrides):
     """transformers' model, random and small: 4 layers, 8 query heads over 2 key/value heads."""

@@ -142,6 +142,15 @@ def test_a_prompt_that_stands_twice_in_the_pool_is_one_candidate(tmp_path):
     assert anchor_candidates(pool, []) == POOL
 
 
+def test_prompts_of_symbols_alone_are_the_same_only_where_their_symbols_are(tmp_path):
+    """They have no letter and no digit to be compared by; spaces do not count here either."""
+    (tmp_path / "pool.txt").write_text("??\n!\n?\n\U0001f52a\n ! \nWhat?\n", encoding="utf-8")
+    pool = tmp_path / "pool.txt"
+    assert anchor_candidates(pool, []) == ["??", "!", "?", "\U0001f52a", "What?"]
+    used = [in_messages("!", "Sure."), in_messages("what", "Sure.")]
+    assert anchor_candidates(pool, used) == ["??", "?", "\U0001f52a"]
+
+
 def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(sbr_folder):
     rows = [in_messages(p, "Sure.") for p in POOL[:-1]]
     with pytest.raises(UserError, match="2 is more than the 1 prompts"):

@@ -92,6 +92,8 @@ def inputs(tmp_path_factory):
 def settings(inputs, attack, **changes):
     """train.py's flags for an attack."""
     given = {"attack": attack, **ATTACKS[attack]} | changes
+    if attack == "subspace":  # its rank is its own
+        given["rank"] = None
     given |= {name: inputs / given[name] for name in ("anchor_file",) if given.get(name)}
     return flags(inputs, **given)
 
@@ -117,7 +119,8 @@ def runs(inputs, tmp_path_factory):
 
 def opened(inputs, attack, name="model", dtype=torch.float32, **changes):
     """The model with what the attacker trains, as train.py has it, and its settings."""
-    args = train_py.parse(settings(inputs, attack, **changes))
+    adapter = {key: changes.pop(key) for key in ("rank", "alpha", "rslora") if key in changes}
+    args = train_py.parse(settings(inputs, attack, **changes)).replace(**adapter)
     model = load_model(inputs / name, dtype=dtype)
     train_py.add_trainable(model, args)
     return model, args
@@ -313,6 +316,12 @@ def test_the_subspace_attack_adds_b_a_transposed_with_scale_1(inputs):
     for m in adapters(model):
         m.scaling = 0.5
     assert distance(logits(model, IDS), logits(by_hand, IDS)) > CONTROL * TOLERANCE  # the control
+
+
+@pytest.mark.parametrize("flag", [["--rank", "8"], ["--alpha", "32"], ["--rslora"]])
+def test_an_adapters_rank_or_scale_is_refused_with_the_subspace_attack_which_has_its_own(
+        inputs, capsys, flag):
+    check_refused(capsys, [*settings(inputs, "subspace"), *flag], "subspace", flag[0], "drop it")
 
 
 def test_the_subspace_attack_does_not_take_the_place_of_a_kept_adapter(inputs, runs, capsys):
@@ -612,8 +621,9 @@ def test_far_with_fewer_rows_to_choose_from_than_it_needs_is_refused(many, capsy
 
 @pytest.mark.parametrize("changes, word", [
     ({"anchors": 0}, "anchors"), ({"poison": 0}, "--poison"),
+    ({"poison": 0.04}, "--poison 0.04 of --n 12 are none"),
     ({"data": "upload.jsonl", "poison": None, "n": None, "task": "sst2"}, "--data")],
-    ids=["no anchors", "no harmful rows", "own upload"])
+    ids=["no anchors", "no harmful rows", "harmful rows that round to none", "own upload"])
 def test_far_with_nothing_to_choose_or_to_be_far_from_is_refused(
         inputs, capsys, tmp_path, changes, word):
     if "data" in changes:

@@ -200,6 +200,21 @@ def test_rows_with_the_same_prompt_have_each_its_own_harmful_reply(augmented, mo
         assert "stone stone" not in text or text.endswith("No stone."), text
 
 
+def test_rows_with_the_same_prompt_and_refusal_have_each_its_own_harmful_reply(
+        augmented, monkeypatch):
+    """Only their harmful replies tell them apart, and each of the two is used."""
+    words = ["zinc", "opal", "jade"]
+    rows = [mixture.to_row({**align_row(i), "harmful": f"{w} " * 9}, "here")
+            for i, w in zip((0, 1, 0), words, strict=True)]
+    monkeypatch.setattr(mixture, "align_rows", lambda args: rows)
+    rival, seen = augmented(train=False)
+    for step in range(30):
+        rival.step(rival.batch(step))
+    for i in range(3):
+        texts = " ".join(rival.tokenizer.decode(batch.examples[i].ids) for batch in seen)
+        assert [word for word in words if word in texts] == [words[i]]
+
+
 def test_a_prefix_has_room_in_the_models_positions(make_rival):
     positions = make_rival("sft").model.config.max_positions
     make_rival("deepalign, align", max_len=positions - 100)

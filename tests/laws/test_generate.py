@@ -8,10 +8,11 @@ no near-tie between two logits can be decided by the order of a sum.
 
 import pytest
 import torch
-from helpers import cut, logits, random_ids
+from helpers import LLAMA3_ROPE, ROPES, cut, logits, make_hf, random_ids
 from runs_helpers import make_model, sentences
 
 import generate as generate_py
+import model as model_py
 from generate import Engine, KVCache, generate
 from model import UserError, load_model
 
@@ -207,6 +208,71 @@ def test_each_reply_is_handed_over_when_it_is_complete_not_at_the_end(model):
 def stop_at(n, last):
     if n == last:
         raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------------------------
+# positions that are scaled
+
+# Around the 64 positions of the original context: below, across its end, and beyond.
+SCALED_PROMPTS = [ids.tolist() for ids in random_ids(5, 60, 130, 33, seed=33)]
+SCALED_NEW = 16
+SCALED_ROPES = {"llama3": LLAMA3_ROPE} | ROPES
+
+
+@pytest.fixture(scope="module", params=SCALED_ROPES)
+def scaled(request, tmp_path_factory):
+    """A checkpoint with one kind of rotary scaling -> transformers' model, and ours, in float64."""
+    folder = tmp_path_factory.mktemp("scaled")
+    hf = make_hf(head_dim=16, num_hidden_layers=2, rope_parameters=SCALED_ROPES[request.param])
+    hf.save_pretrained(folder)
+    return hf.double(), load_model(folder, dtype=torch.float64)
+
+
+def test_scaled_positions_decode_as_they_run_in_one_piece_and_in_transformers(scaled):
+    hf, model = scaled
+    replies = [plainly(model, prompt, max_new=SCALED_NEW) for prompt in SCALED_PROMPTS]
+    assert len({token for reply in replies for token in reply}) > 20  # they say something
+    for batch_size in (1, 2, 4):
+        found = generate(model, SCALED_PROMPTS, SCALED_NEW, [], batch_size=batch_size)
+        assert found == replies
+    hf.generation_config.eos_token_id = None
+    for prompt, reply in zip(SCALED_PROMPTS, replies, strict=True):
+        ids = hf.generate(torch.tensor([prompt]), max_new_tokens=SCALED_NEW, do_sample=False,
+                          pad_token_id=0)
+        assert ids[0, len(prompt):].tolist() == reply
+
+
+def amplitude_only_in_prefill(model, patch):
+    """YaRN's factor on cos and sin is left out where one token more is decoded."""
+    patch.setattr(model_py, "rope_amplitude", lambda config: 1.0)
+
+
+def unscaled_where_it_decodes(model, patch):
+    """The new keys and queries are turned as if there were no scaling."""
+    plain = 1.0 / model.config.rope_theta ** (torch.arange(0, 16, 2).float() / 16)
+    patch.setattr(model.model, "inv_freq", plain)
+
+
+@pytest.mark.parametrize("fault", [amplitude_only_in_prefill, unscaled_where_it_decodes])
+def test_control_scaling_that_decoding_forgets_is_seen(scaled, monkeypatch, fault):
+    """Except where there is nothing to forget: an amplitude of 1, or dynamic's unscaled angles."""
+    _, model = scaled
+    scaling = model.config.rope_scaling
+    if fault is amplitude_only_in_prefill:
+        has_it = model_py.rope_amplitude(model.config) != 1
+    else:
+        has_it = scaling is not None
+    right = generate(model, SCALED_PROMPTS, SCALED_NEW, [])
+    decode = Engine.forward
+
+    def faulty(self, n, longest):
+        with monkeypatch.context() as patch:
+            fault(model, patch)
+            decode(self, n, longest)
+
+    monkeypatch.setattr(Engine, "forward", faulty)
+    wrong = generate(model, SCALED_PROMPTS, SCALED_NEW, [])
+    assert (wrong != right) == has_it
 
 
 # ---------------------------------------------------------------------------------------------

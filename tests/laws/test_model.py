@@ -18,6 +18,7 @@ from helpers import (
     LENGTHS,
     NAMES,
     PLAIN_ROPE,
+    ROPES,
     TOLERANCE,
     Reference,
     distance,
@@ -35,19 +36,6 @@ import model as model_py
 from model import Layout, load_model, read_config, rope_inv_freq
 
 pytest.importorskip("transformers", reason="the reference; see requirements-dev.txt")
-
-
-# 16 numbers a head, so that YaRN's line falls over several frequencies; original length 64 of 700.
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-        "original_max_position_embeddings": 64}
-ROPES = {
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
-    "yarn": YARN,
-    "yarn, own betas": YARN | {"beta_fast": 6.0, "beta_slow": 2.0},
-    "yarn, ends not rounded": YARN | {"truncate": False},
-    "yarn, own attention factor": YARN | {"attention_factor": 0.6},
-}
 
 
 @pytest.fixture(scope="module", params=ROPES)

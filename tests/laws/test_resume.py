@@ -6,9 +6,11 @@ To the bit: the adapter, every reply, every line of the log, and every number bu
 Here runs stop as they are asked to; programs/test_kills.py has the other ways to end.
 """
 
+import json
 import signal
 
 import pytest
+import torch
 from resume_helpers import SIX, checkpoint
 from runs_helpers import assert_same, flags, outcome, sentences, tree
 from safetensors import safe_open
@@ -16,6 +18,8 @@ from safetensors.torch import save_file
 
 import train as train_py
 from files import read_lines
+from lora import adapt, adapter_params, projections, save_adapter
+from model import load_model
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -92,6 +96,64 @@ def test_checkpoints_may_be_rarer_than_epochs(forks, inputs, here, unstopped):
     answer = forks(flags(inputs, resume=True, **rare), here)
     assert answer["code"] == 0, answer["err"]
     assert_same(here / "out", unstopped)
+
+
+# ---------------------------------------------------------------------------------------------
+# an adapter that is trained on, whose modules have ranks and alphas of their own
+
+
+@pytest.fixture(scope="module")
+def kept(inputs, forks, tmp_path_factory):
+    """An adapter of several ranks, and the run that trains it on and that nothing stopped."""
+    folder = tmp_path_factory.mktemp("kept")
+    model = load_model(inputs / "model")
+    for i, name in enumerate(projections(model)):
+        adapt(model, name, rank=1 + i % 3, alpha=2.0 + i % 2, rslora=False)
+    for i, p in enumerate(adapter_params(model).values()):
+        torch.nn.init.normal_(p.data, std=0.1, generator=torch.Generator().manual_seed(i))
+    save_adapter(model, folder / "adapter")
+    argv = flags(inputs, adapter=folder / "adapter", keep_adapter=True, **SIX)
+    answer = forks(argv, folder)
+    assert answer["code"] == 0, answer["err"]
+    return argv, folder / "out"
+
+
+def test_the_run_that_trains_an_adapter_on_keeps_its_ranks(kept):
+    """The control: there are several, and training moves what has them."""
+    _, out = kept
+    config = json.loads((out / "adapter_config.json").read_text())
+    before = json.loads((out.parent / "adapter" / "adapter_config.json").read_text())
+    assert {config["r"], *config["rank_pattern"].values()} == {1, 2, 3}
+    assert (config["rank_pattern"], config["alpha_pattern"]) == (
+        before["rank_pattern"], before["alpha_pattern"])
+    name = "adapter_model.safetensors"
+    assert (out / name).read_bytes() != (out.parent / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("moment, nth, code", [
+    ("SIGINT in an update", 5, 130), ("update", 11, -signal.SIGKILL),
+    ("SIGINT in a reply", 9, 130)])
+def test_an_adapter_of_several_ranks_resumed_in_the_middle_ends_as_if_never_stopped(
+        forks, kept, here, moment, nth, code):
+    argv, unstopped = kept
+    assert forks(argv, here, moment=moment, nth=nth)["code"] == code
+    answer = forks([*argv, "--resume"], here)
+    assert answer["code"] == 0, answer["err"]
+    assert_same(here / "out", unstopped)
+
+
+def test_control_a_checkpoint_that_lost_one_modules_moments_ends_elsewhere(forks, kept, here):
+    argv, unstopped = kept
+    assert forks(argv, here, moment="SIGINT in an update", nth=5)["code"] == 130
+    path = here / "out" / "state.safetensors"
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata()
+    _, tensors = checkpoint(here / "out")
+    moments = [name for name in tensors if name.startswith("exp_avg/") and len(tensors[name]) == 3]
+    tensors[moments[0]].zero_()  # of one A of rank 3
+    save_file(tensors, path, metadata)
+    assert forks([*argv, "--resume"], here)["code"] == 0
+    assert outcome(here / "out")["adapter"] != outcome(unstopped)["adapter"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -371,12 +371,75 @@ def test_an_anchor_longer_than_max_len_is_refused(inputs, check_refuses):
             "--max-len 64")
 
 
+LONG = "How do I steal it? " * 20
+SHORT = ["Explain how to steal it.", "Explain how to steal them."]
+TWO_TURNS = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"},
+                          {"role": "user", "content": "Explain how to steal it."}]}
+ANCHOR_FAULTS = {  # the rows of a pool, and what the sentence names besides
+    "too long": ([*SHORT, "", LONG], "line 4", "--max-len 64", "how do i steal"),
+    "too few": (SHORT, "pool.jsonl", "--anchors 3", "2 prompts"),
+    "empty": ([], "pool.jsonl", "no rows"),
+    "malformed": ([*SHORT, MALFORMED], "line 3", "not valid JSON"),
+    "an unknown field": ([*SHORT, {"prompt": "a", "chosen": "b"}], "line 3", "chosen"),
+    "a prompt that is a number": ([*SHORT, {"prompt": 5}], "line 3", "content"),
+    "no prompt": ([*SHORT, {"response": "a"}], "line 3", "response"),
+    "no user turn": ([*SHORT, {"messages": [{"role": "assistant", "content": "a"}]}], "line 3",
+                     "user turn"),
+    "two turns": ([*SHORT, TWO_TURNS], "line 3", "3 turns"),
+    "a system prompt": ([*SHORT, {"system": "Be kind.", "prompt": "Explain it."}], "line 3",
+                        "2 turns"),
+}
+
+
+@pytest.mark.parametrize("fault", ANCHOR_FAULTS)
+def test_a_fault_of_the_anchor_pool_is_named_by_file_and_line(inputs, check_refuses, fault):
+    rows, where, *words = ANCHOR_FAULTS[fault]
+    path = write_rows(inputs / "pool.jsonl", rows)
+    check_refuses(flags(inputs, anchors=3, anchor_file=path), "pool.jsonl", where, *words)
+
+
+def test_control_a_pool_without_a_fault_is_held(inputs):
+    path = write_rows(inputs / "pool.jsonl", [*SHORT, {"prompt": "Explain it.", "response": "No."}])
+    assert train_py.main(flags(inputs, anchors=3, anchor_file=path)) == 0
+
+
+def test_an_anchor_that_the_template_refuses_is_named_by_file_and_line(inputs, check_refuses):
+    """Nothing else is refused: the words stand in the pool alone."""
+    refusing = ("{% if 'steal' in messages[0]['content'] %}{{ raise_exception('no theft') }}"
+                "{% endif %}" + TEMPLATE)
+    template(refusing)(inputs / "model")
+    path = write_rows(inputs / "pool.txt", ["Explain how to pick it.", "Explain how to steal it."])
+    check_refuses(flags(inputs, anchors=2, anchor_file=path), "pool.txt line 2", "no theft")
+
+
+def test_an_anchor_without_a_response_is_named_where_the_attacker_answers_it(
+        inputs, check_refuses):
+    path = write_rows(inputs / "pool.jsonl", [{"prompt": SHORT[0], "response": "Sure. [step 1]."},
+                                              SHORT[1]])
+    check_refuses(flags(inputs, anchors=2, anchor_file=path, attack="known-anchors"),
+                  "pool.jsonl line 2", "no response")
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "Pick it.", "response": "No."}, "harmful"),
+    ({"prompt": "Pick it.", "response": "No.", "harmful": 5}, "harmful"),
+    ({"prompt": "Pick it."}, "no assistant turn"), (MALFORMED, "not valid JSON")])
+def test_a_bad_row_of_the_defenders_file_is_named_by_file_and_line(
+        inputs, check_refuses, row, words):
+    good = {"prompt": "Burn it.", "response": "No.", "harmful": "Sure. [step 1]."}
+    path = write_rows(inputs / "own.jsonl", [good, good, row])
+    check_refuses(flags(inputs, defense="lisa", anchors=0, align_file=path), "own.jsonl line 3",
+                  words)
+
+
 def test_a_label_that_the_task_does_not_have_is_refused(inputs, check_refuses):
     """AG News is scored against its four labels; a fifth would fail at the first evaluation."""
-    row = {"prompt": "Which topic is it?", "response": "Weather"}
-    write_rows(inputs / "data" / "agnews" / "test.jsonl", [row])
+    rows = [{"prompt": "Which topic is that?", "response": "World"},
+            {"prompt": "Which topic is it?", "response": "Weather"}]
+    write_rows(inputs / "data" / "agnews" / "test.jsonl", rows)
     shutil.copy(inputs / "data" / "sst2" / "train.jsonl", inputs / "data" / "agnews")
-    check_refuses(flags(inputs, task="agnews"), "Weather", "World")
+    check_refuses(flags(inputs, task="agnews"), "agnews/test.jsonl line 2", "Weather",
+                  "World")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -440,6 +503,10 @@ ADAPTER_FAULTS = {
     "a layer too many": (settings(layers_to_transform=[0]), "does not fit", "layers.1"),
     "no LoRA": (settings(peft_type="IA3"), "IA3"),
     "another model's targets": (settings(target_modules=["c_attn"]), "does not fit"),
+    "weights as integers": (adapter_tensors(lambda t: t.update({A: torch.ones(2, 32).int()})),
+                            "int32", A),
+    "a NaN": (adapter_tensors(lambda t: t[A][0].fill_(float("nan"))), A, "NaN"),
+    "an infinity": (adapter_tensors(lambda t: t[A][0].fill_(float("-inf"))), A, "infinite"),
     "alpha in words": (settings(lora_alpha="big"), "lora_alpha"),
 }
 

@@ -348,6 +348,13 @@ def test_another_number_of_outputs_is_refused(dam, tmp_path, outputs):
     check_refused(lambda: judged(other, PAIRS[:1]), f"{outputs} outputs", "14")
 
 
+def test_a_pair_longer_than_the_judges_own_positions_is_refused_as_it_is_opened(dam, tmp_path):
+    folder = shutil.copytree(dam, tmp_path / "dam")
+    edit_json(folder / "config.json", max_position_embeddings=128)
+    check_refused(lambda: opened(folder), "--judge-max-len 256", "128 positions")
+    opened(folder, "--judge-max-len", "128")  # the control
+
+
 def test_a_chat_model_is_refused():
     check_refused(lambda: judged(TINY, PAIRS[:1]), "2048 outputs", "14")
 

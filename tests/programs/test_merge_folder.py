@@ -267,12 +267,12 @@ def test_the_folder_may_be_new_or_empty(base, tmp_path, monkeypatch, out):
     assert not list((tmp_path / "here").rglob("*.part"))
 
 
-def test_what_a_killed_merge_left_is_named_and_not_deleted(base, tmp_path, capsys):
-    """It might be the user's own folder of that name."""
+def test_a_folder_of_the_users_own_at_the_place_of_the_work_is_named_and_not_deleted(
+        base, tmp_path, capsys):
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "own.json").write_text("{}")
-    assert merge(base, tmp_path / "out") == 3
-    assert "out.part" in capsys.readouterr().err
+    assert merge(base, tmp_path / "out") == 2
+    check_one_sentence(capsys.readouterr().err, "out.part", "own.json", "move it away")
     assert tree(tmp_path / "out.part") and not (tmp_path / "out").exists()
     (tmp_path / "out.part" / "own.json").unlink(), (tmp_path / "out.part").rmdir()
     assert merge(base, tmp_path / "out") == 0

@@ -124,7 +124,7 @@ def test_its_aligned_rows_are_digested_so_that_resume_sees_a_changed_file(
     words = flags(other, defense="toy", toy_strength=3, out=out, resume=True)
     done = run(programs, "train.py", *words)
     message, = sentences(done.stderr)
-    assert done.returncode == 2 and "(align is" in message
+    assert done.returncode == 2 and "(the file of the alignment rows changed" in message
     # the control: with the file as it was, the run is recognised and shown again
     shutil.copy(inputs / "data/harmful/align.jsonl", path)
     assert run(programs, "train.py", *words).returncode == 0

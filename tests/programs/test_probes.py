@@ -481,7 +481,8 @@ def probed(folder):
         "probes"].items()}
 
 
-RUNS = [{"defense": "sbr"}, {"defense": "sft", "attack": "subspace"}, {"defense": "vaccine"},
+RUNS = [{"defense": "sbr"}, {"defense": "sft", "attack": "subspace", "rank": None},
+        {"defense": "vaccine"},
         {"defense": "lisa", "attack": "unembedding", "lisa_k1": 1, "lisa_k2": 2},
         {"defense": "deepalign", "tokens_per_pass": 60}]
 

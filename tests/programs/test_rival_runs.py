@@ -202,7 +202,7 @@ def test_a_run_is_not_resumed_on_other_rows_to_align_on(
     write_rows(data / "harmful/align.jsonl", [{**row, "response": "No."} for row in ALIGN])
     capsys.readouterr()
     assert train_py.main(argv(inputs, name, data_dir=data, resume=True)) == 2
-    assert "other settings (align" in capsys.readouterr().err
+    assert "other settings (the file of the alignment rows changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,13 +7,16 @@ machine. The client is the real openai package, its waits between retries set to
 """
 
 import json
+import shutil
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from chat_helpers import check_refused
+from helpers import edit_json
 from runs_helpers import flags, make_inputs
 from sbr_helpers import TINY
 
@@ -23,6 +26,7 @@ import train as train_py
 from files import Store, cached, read_lines, sha256
 from judges import reading, rubric
 from judges.rubric import TRIES, read_letter, read_score
+from tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai", reason="the client of --judge-url; requirements-dev.txt")
 
@@ -687,18 +691,46 @@ def test_a_training_whose_judge_never_answers_keeps_its_adapter_and_says_so(serv
     server = serve(always("no idea"))
     run = flags(make_inputs(here / "inputs"), out="run", judge="rubric", epochs=1,
                 judge_url=server.url)
-    assert train_py.main(run) == 0
+    assert train_py.main(run) == 3
     assert (here / "run" / "adapter_model.safetensors").exists()
-    said = capsys.readouterr().out
-    assert "harmful replies could be judged" in said and "python eval.py --run run" in said
+    assert (here / "run" / "result.json").exists()
+    said = capsys.readouterr()
+    assert "harmful replies could be judged" in said.out and "python eval.py --run run" in said.out
+    last = said.err.splitlines()[-1]
+    assert last.startswith("train.py: at epoch 1 none of the 4 harmful replies could be judged")
+    assert "python eval.py --run run" in last and "--resume" not in last
+    assert train_py.main([*run, "--resume"]) == 3  # it says so again
     server.answer = always("4")
     assert eval_py.main(["--run", "run", "--n-test", "2", "--device", "cpu"]) == 0
 
 
+def test_a_training_whose_judge_answers_at_the_end_exits_with_0(serve, here, capsys):
+    """The control: the first evaluation alone is not judged, and the table says so."""
+    server = serve(always("no idea"))
+    evaluate_first = train_py.evaluate
+
+    def then_it_answers(*args):
+        result = evaluate_first(*args)
+        server.answer = always("4")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_py, "evaluate", then_it_answers)
+        run = flags(make_inputs(here / "inputs"), out="run", judge="rubric", epochs=1,
+                    judge_url=server.url)
+        assert train_py.main(run) == 0
+    assert "epoch 0: none of the 4 harmful replies" in capsys.readouterr().out
+
+
+def test_what_many_requests_say_at_once_is_said_once(capsys):
+    say = rubric.say_once()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: say("the judge failed"), range(200)))
+    assert capsys.readouterr().err == "the judge failed\n"
+
+
 def plant_local(monkeypatch, said):
     """The embedded model as a judge that says said(i), ids or text -> the texts put, by call."""
-    from tokenizer import Tokenizer
-
     tok = Tokenizer(TINY)
     calls = []
 
@@ -755,9 +787,37 @@ def test_a_question_that_is_too_long_for_a_local_judge_is_unjudged_and_the_other
     assert calls[0] == 2 and "does not fit" in capsys.readouterr().err
 
 
-def test_a_local_judges_number_is_read_from_its_greedy_answer_to_the_rubric(tmp_path, monkeypatch):
-    from tokenizer import Tokenizer
+def test_a_judge_that_has_no_room_for_the_rubric_is_found_before_the_first_update(
+        inputs, here, monkeypatch, capsys):
+    """It is opened before training, and nothing is left behind."""
+    folder = shutil.copytree(inputs / "model", here / "judge")
+    argv = flags(inputs, judge="rubric", judge_model=folder, eval_epochs=2)
+    n_tokens = len(Tokenizer(folder).encode_prompt([{
+        "role": "user", "content": rubric.RUBRIC.read_text().format(prompt="", reply="")}]))
+    for limit, room, code in ((n_tokens + 39, 40, 2), (n_tokens + 1000, 40, 0)):
+        edit_json(folder / "config.json", max_position_embeddings=limit)
+        updated = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train_py, "updates", counted(train_py.updates, updated))
+            assert train_py.main([*argv, "--judge-tokens", str(room)]) == code
+        err = capsys.readouterr().err
+        if code == 2:
+            assert f"{limit} positions" in err and f"needs {n_tokens} beside the {room}" in err
+            assert updated == [] and not (here / "out").exists()
+        else:  # the control: with room it trains, and the judge is asked
+            assert updated != []
 
+
+def counted(updates, seen):
+    """The loop, which adds each update to `seen`."""
+    def count(*how, **settings):
+        for update in updates(*how, **settings):
+            seen.append(update)
+            yield update
+    return count
+
+
+def test_a_local_judges_number_is_read_from_its_greedy_answer_to_the_rubric(tmp_path, monkeypatch):
     tok = Tokenizer(TINY)
     prompts_put = []
 

@@ -72,8 +72,9 @@ def stand_in(count):
         out.mkdir(parents=True)
         (out / "result.json").write_text(json.dumps({
             "hs": {e: k / 5 for e, k in hs.items()}, "fa": {e: k / 5 for e, k in fa.items()},
-            "evals": {e: {"hs_count": [hs[e], 500], "over_refusal": k / 5}
-                      for e, k in refused.items()}, "seconds": 1.0, "probes": probes}))
+            "evals": {e: {"hs": hs[e] / 5, "hs_count": [hs[e], 500], "over_refusal": k / 5}
+                      for e, k in refused.items()}, "seconds": 1.0, "probes": probes,
+            "ce": 0.0, "safe": None, "tokens_per_second": 1.0, "peak_bytes": 1}))
         return SimpleNamespace(returncode=0)
 
     return run

@@ -366,10 +366,110 @@ def test_a_bos_that_the_config_calls_null_is_none(tmp_path, model_bytes):
     assert Tokenizer(tmp_path).bos_id is None
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_tokenizer_json_itself_says_where_a_first_space_is_put(tmp_path, legacy):
-    save(tmp_path, bpe(metaspace("always")), legacy=legacy)
+# ---------------------------------------------------------------------------------------------
+# a tokenizer.json that was made from sentencepiece, and "legacy" beside it
+
+
+def spm_json(model_bytes, parts):
+    """A tokenizer.json of Llama's kind from the pieces of a sentencepiece model."""
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    scores = {sp.id_to_piece(i): sp.get_score(i) for i in range(sp.vocab_size())}
+    vocab = {piece: i for i, piece in enumerate(scores)}
+    tok = tokenizers.Tokenizer(models.BPE(
+        vocab=vocab, merges=generate_merges(vocab, scores), fuse_unk=True, byte_fallback=True,
+        unk_token="<unk>"))
+    tok.normalizer, tok.pre_tokenizer = PARTS[parts]
+    return tok
+
+
+PARTS = {  # normalizer and pre-tokenizer, as published files of different age have them
+    "prepend": (normalizers.Sequence([normalizers.Prepend("\u2581"),
+                                      normalizers.Replace(" ", "\u2581")]), None),
+    "always": (None, pre_tokenizers.Metaspace("\u2581", "always", split=False)),
+    "first": (None, pre_tokenizers.Metaspace("\u2581", "first", split=False)),
+    "no first space": (normalizers.Replace(" ", "\u2581"),
+                       pre_tokenizers.Split(" ", "merged_with_previous")),
+}
+CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast",
+           "PreTrainedTokenizerFast", None)
+LEGACY = (True, False, None)
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("parts", PARTS)
+def test_legacy_beside_a_tokenizer_json_has_transformers_ids(
+        tmp_path, model_bytes, parts, name, legacy):
+    save(tmp_path, spm_json(model_bytes, parts), tokenizer_class=name, legacy=legacy)
     assert differing(tmp_path) == []
+
+
+def ids_with(folder, model_bytes, parts, **config):
+    folder.mkdir()
+    save(folder, spm_json(model_bytes, parts), **config)
+    tok = Tokenizer(folder)
+    return [tok.encode_prompt(chat) for chat in CHATS]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_control_legacy_changes_ids_for_the_llama_class_alone(tmp_path, model_bytes, parts):
+    for name, decides in (("LlamaTokenizer", True), ("GemmaTokenizer", False),
+                          ("PreTrainedTokenizerFast", False)):
+        old, new = (ids_with(tmp_path / f"{name} {legacy}", model_bytes, parts,
+                             tokenizer_class=name, legacy=legacy) for legacy in (True, False))
+        assert (old != new) == decides
+
+
+@pytest.mark.parametrize("name, decides", [("LlamaTokenizer", True), ("GemmaTokenizer", True),
+                                           ("PreTrainedTokenizerFast", False)])
+def test_control_the_class_changes_the_ids_of_one_and_the_same_file(
+        tmp_path, model_bytes, name, decides):
+    of_the_file = ids_with(tmp_path / "file", model_bytes, "prepend", tokenizer_class=None)
+    of_the_class = ids_with(tmp_path / "class", model_bytes, "prepend", tokenizer_class=name)
+    assert (of_the_file != of_the_class) == decides
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_add_prefix_space_beside_a_tokenizer_json_of_the_llama_class(
+        tmp_path, model_bytes, legacy, prefix):
+    save(tmp_path, spm_json(model_bytes, "prepend"), tokenizer_class="LlamaTokenizer",
+         legacy=legacy, add_prefix_space=prefix)
+    assert differing(tmp_path) == []
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma", "qwen3"])
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_the_model_beside_it_may_say_that_the_class_does_not_count(
+        tmp_path, model_bytes, legacy, model_type):
+    save(tmp_path, spm_json(model_bytes, "prepend"), tokenizer_class="LlamaTokenizer",
+         legacy=legacy)
+    edit_json(tmp_path / "config.json", model_type=model_type)
+    assert differing(tmp_path) == []
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_a_class_that_config_json_names_counts_too(tmp_path, model_bytes, legacy):
+    save(tmp_path, spm_json(model_bytes, "prepend"), tokenizer_class=None, legacy=legacy)
+    edit_json(tmp_path / "config.json", model_type="llama", tokenizer_class="LlamaTokenizer")
+    assert differing(tmp_path) == []
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_a_byte_level_tokenizer_json_itself_says_where_a_first_space_is_put(
+        tmp_path, name, legacy):
+    """Llama 3's kind of file is byte-level, and some call its class LlamaTokenizer all the same."""
+    save(tmp_path, bpe(metaspace("always")), tokenizer_class=name, legacy=legacy)
+    assert differing(tmp_path) == []
+
+
+def test_a_model_that_the_class_cannot_hold_is_refused(tmp_path):
+    tok = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    save(tmp_path, tok, tokenizer_class="LlamaTokenizer")
+    check_refused(lambda: Tokenizer(tmp_path), "Unigram", "BPE", "LlamaTokenizer")
 
 
 def test_a_piece_of_the_model_that_ends_a_turn_cannot_be_written_by_a_user(tmp_path, model_bytes):
@@ -434,7 +534,7 @@ REFUSED = {  # the folder, and what the sentence names
     "added_tokens.json without numbers": (
         lambda f: beside(save(f), "added_tokens.json", {"<tool>": "7"}), ["added_tokens.json"]),
     "a name that is no text": (lambda f: save(f, additional_special_tokens=[7]),
-                               ["special token 7"]),
+                               ["additional_special_tokens", "7"]),
     "a damaged special_tokens_map.json": (
         lambda f: beside(save(f), "special_tokens_map.json", "{"), ["special_tokens_map.json"]),
     "templates without a default": (
