@@ -147,16 +147,16 @@ class Unshared(Batch):
         yield from PACKS(self, anchors, share=False)
 
 
-def rows_alike(n=32):
+def rows_alike(n=16):
     """Rows that begin alike, some of them twins."""
     rows = make_rows(n)
     for i, row in enumerate(rows):
         question = row["messages"][0]["content"]
-        row["messages"][0]["content"] = f"Is this text good or bad? Text {i // 8}: {question}"
+        row["messages"][0]["content"] = f"Is this text good or bad? Text {i // 4}: {question}"
     return rows + rows[:3]
 
 
-@pytest.mark.parametrize("tokens", [1 << 30, 400, 90, 1])
+@pytest.mark.parametrize("tokens", [1 << 30, 250, 90, 1])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sbrs_gradient_is_the_unshared_one_for_any_cut(make_setup, tokens, recompute):
     s = make_setup(rows=rows_alike())
@@ -168,7 +168,7 @@ def test_sbrs_gradient_is_the_unshared_one_for_any_cut(make_setup, tokens, recom
     assert worst(gradient, plain) <= TIGHT
     for name in ("loss", "ce", "safe"):
         assert a[name].item() == pytest.approx(b[name].item(), rel=1e-12)
-    if tokens >= 400:
+    if tokens >= 250:
         assert shared.n_rows < 0.8 * unshared.n_rows  # something was shared indeed
     assert worst(s.gradient_by_hand(), plain) <= TIGHT
 
@@ -183,8 +183,8 @@ def test_the_order_of_the_rows_changes_no_gradient(make_setup):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_defences_gradient_is_the_unshared_one(make_rival, monkeypatch, name):
-    shared = make_rival(name, n_rows=32).move()
-    unshared = make_rival(name, n_rows=32).move()
+    shared = make_rival(name, n_rows=16).move()
+    unshared = make_rival(name, n_rows=16).move()
     for step in (0, 51, 53):  # Lisa: the guide, then guide and upload with a distance
         numbers, gradient = shared.gradient(step)
         with monkeypatch.context() as patch:
@@ -200,7 +200,7 @@ def test_every_defences_gradient_is_the_unshared_one(make_rival, monkeypatch, na
 
 def test_control_vaccine_with_shared_rows_is_another_method(make_rival, monkeypatch):
     """Its push belongs to one token of one row; a shared row would be pushed for all of them."""
-    rival = make_rival("vaccine", n_rows=32).move()
+    rival = make_rival("vaccine", n_rows=16).move()
     _, own = rival.gradient()
     monkeypatch.setattr(Batch, "packs", lambda self, anchors=(), share=True: PACKS(self, anchors))
     _, shared = rival.gradient()
