@@ -159,7 +159,7 @@ def test_numbers_are_compared_exactly_and_nothing_is_not_equal_to_nothing():
 @pytest.mark.parametrize("piece", [
     "(", "#### ", "answer is ", "answer to a ", "1 ", "1,", "1=1", "#### 1 + ", "1,234", "1/", "- ",
     "\\boxed{", "\\frac{", "\n", "not ", "a(1=", "1 apple and ", "$-", "1 x 10 ^ ", "_", "*",
-    "\nq:"])
+    "\nq:", "0 = a, ", "(0 = a", "0 (a) to ", "Score of ", "I give it ", "not ", "1:", "\\sqrt{"])
 def test_a_reply_that_repeats_itself_is_read_in_no_time(piece):
     """Attacked models write such replies; a pattern that tries every split would hang."""
     reply = piece * (6000 // len(piece))
