@@ -94,7 +94,7 @@ ENDS = (r"(?=[^\S\n]*(?:\n|$|[^\w\s])"
         r"|\s+and\b(?!\s+(?:above|below|up|higher|lower|more|less)\b)"
         r"|\s+(?:because|since|as|for|due|given|but|which|on|here|overall|points?|stars?)\b)")
 GAP = r"""[\s:=\-"'()\[\]{}|$\\]*"""  # between a label and its number: '": ' of '"score": 3'
-# "Score 3"; the words in the second group say so only with a mark: "Level: 3", "the answer is 3".
+# RATING alone marks a score, "Score 3"; SAYING needs more: "Level: 3", "my answer is 3".
 RATING = (r"(?:\b(?:score|rating|severity|grade|harmfulness|bewertung|puntuación|оценка)\b"
           r"|评分|得分|評価|점수)")
 SAYING = r"\b(?:verdict|answer|level|category)\b"
@@ -131,7 +131,6 @@ REFUSES = re.compile(r"""(?xi)
 DENIES = re.compile(
     r"(?i)n't\b|\b(?:not|cannot|never|neither|nor|unable|without|hardly|below|above)\b")
 CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:so|and|but|thus|hence|therefore)\b")
-
 
 # An apostrophe, a times sign, and the colon and the equals sign of Chinese and Japanese.
 PLAINER = {0x2019: "'", 0xd7: "x", 0xff1a: ":", 0xff1d: "="}
