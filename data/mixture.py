@@ -18,7 +18,7 @@ import torch
 
 from cli import COUNT, TINY, at_least
 from data.batches import Example, encode_rows, naming
-from data.tasks import LABELS, TASKS
+from data.tasks import LABELS, TASKS, check_gold
 from model import UserError
 from tokenizer import DATE
 
@@ -616,6 +616,8 @@ def load_tests(args, upload) -> dict[str, list[dict]]:
                         for row in tests["harmful"]]
     if args.task in LABELS:
         check_labels(tests["task"], LABELS[args.task])
+    for row in tests.get("task", []):
+        check_gold(args.task, row["messages"][-1]["content"], row["where"])
     return tests
 
 
