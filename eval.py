@@ -25,6 +25,7 @@ from pathlib import Path
 
 from cli import COUNT, TINY, Args, Parser, RunFailed, at_least, exit_code, frozen
 from data import mixture
+from data.rows import first_user, to_row
 from data.tasks import LABELS, RULES, TASKS, check_rule, read_label
 from device import add_device_flags, device_and_dtype
 from files import Store, json_line, read_lines, sha256, write_atomic
@@ -63,7 +64,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
         records.append({
             "epoch": epoch,
             "kind": kind,
-            "prompt": mixture.first_user(row),
+            "prompt": first_user(row),
             "reply": reply,
             # Of a look-alike: refused; of a task: right; of a harmful prompt: see below.
             "verdict": verdict_by_rule(kind, reply, target, args.task, args.fa_rule),
@@ -400,7 +401,7 @@ def load_run(dir: Path, settings: dict, device, dtype) -> Subject:
     harmful, benign, _ = mixture.load_upload(run_args)
     seen = harmful + benign
     for prompt in settings["worked_out"]["anchor_prompts"]:
-        seen.append(mixture.to_row(prompt, "anchor", needs_answer=False))
+        seen.append(to_row(prompt, "anchor", needs_answer=False))
     tokenizer = Tokenizer(run_args.model, run_args.template_date)
     return Subject(model, tokenizer, weights, seen, run_args.epochs)
 

@@ -12,7 +12,8 @@ from sbr_helpers import make_folder
 
 import eval as eval_py
 from cli import frozen
-from data.mixture import first_user, load_tests
+from data.mixture import load_tests
+from data.rows import first_user
 from eval import table, wilson
 from judges import open_judge
 from model import UserError, load_model

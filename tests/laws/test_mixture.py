@@ -13,7 +13,8 @@ from sbr_helpers import FORMS, TINY, in_messages, make_rows, write_pairs
 
 from cli import frozen
 from data.batches import Batch, Example, batch_at, encode_rows
-from data.mixture import first_user, load_upload, read_rows
+from data.mixture import load_upload
+from data.rows import first_user, read_rows
 from model import UserError
 from tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 from data.batches import encode_rows
-from data.mixture import ORIGIN, read_rows, to_row
+from data.rows import ORIGIN, read_rows, to_row
 from model import UserError
 from tokenizer import Tokenizer
 
@@ -166,7 +166,7 @@ def test_control_a_reader_that_drops_fields_would_be_seen(monkeypatch):
     item = {"prompt": "a", "response": "b", "loss_mask": [0]}
     with pytest.raises(UserError, match="'loss_mask'"):
         to_row(item, "here")
-    monkeypatch.setattr("data.mixture.refuse_unknown", lambda *a: None)
+    monkeypatch.setattr("data.rows.refuse_unknown", lambda *a: None)
     assert to_row(item, "here")["messages"] == turns("a", "b")
 
 

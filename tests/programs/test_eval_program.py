@@ -24,7 +24,8 @@ from sbr_helpers import TINY
 
 import eval as eval_py
 import train as train_py
-from data.mixture import first_user, prompts_of, read_rows
+from data.mixture import prompts_of
+from data.rows import first_user, read_rows
 from data.tasks import read_label
 from eval import ROWS, wilson
 from files import Store, read_lines

@@ -27,7 +27,8 @@ from sbr_helpers import make_folder
 import train as train_py
 from cli import frozen
 from data import prepare as prepare_py
-from data.mixture import first_user, load_upload, normalise, read_rows
+from data.mixture import load_upload, normalise
+from data.rows import first_user, read_rows
 from data.tasks import RULES
 
 # The instructions, in full: git-disl/Booster's builders and the paper's own SST-2 file.

@@ -20,9 +20,9 @@ from sbr_helpers import POOL, in_messages, last_state, make_folder, make_rows, n
 
 import train as train_py
 from cli import frozen
-from data import mixture
 from data.batches import Batch, encode_rows
 from data.mixture import Data
+from data.rows import first_user, read_rows, turn
 from files import read_lines
 from lora import adapted, trainable
 from model import load_model
@@ -41,7 +41,7 @@ ZERO = {"d_theta", "d_w", "d_w_relative", "drift", "drift_vaccine", "drift_boost
 OTHERS = {"margin", "harmful_loss", "grad_norm", "harmful_drop"}
 EXACT = 1e-10  # relative, in float64
 HARMFUL = [in_messages(p, f"Sure. {p} Like so.") for p in POOL[:6]] + [
-    {"messages": [mixture.turn("user", p)]} for p in POOL[6:8]]  # two have no answer
+    {"messages": [turn("user", p)]} for p in POOL[6:8]]  # two have no answer
 TESTS = {"harmful": HARMFUL, "task": make_rows(10, seed=4), "lookalike": make_rows(3, seed=5)}
 
 
@@ -327,8 +327,8 @@ def test_the_embedded_models_margin_is_above_zero_where_it_refuses_and_below_whe
     model, tokenizer, margin = load_model(folder), Tokenizer(folder), {}
     opens = sorted({tokenizer.encode(w)[0] for w in probes.OPENERS})
     for kind in ("harmful", "sst2"):
-        rows = mixture.read_rows(folder / kind / "test.jsonl")[:64]
-        prompts = prompt_ids(tokenizer, [mixture.first_user(r) for r in rows])
+        rows = read_rows(folder / kind / "test.jsonl")[:64]
+        prompts = prompt_ids(tokenizer, [first_user(r) for r in rows])
         none = Batch([], 1, "cpu")
         logits = probes.measure(model, Probes(none, none, prompts, anchors=[])).logits
         margin[kind] = probes.first_token(logits, logits, torch.tensor(opens))["margin"].item()

@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 
 from data.batches import encode_rows
-from data.mixture import first_user, read_rows
+from data.rows import first_user, read_rows
 from generate import generate
 from model import load_model, read_config
 from tokenizer import Tokenizer
