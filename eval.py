@@ -25,7 +25,7 @@ from pathlib import Path
 
 from cli import COUNT, TINY, Args, Parser, RunFailed, at_least, exit_code, frozen
 from data import mixture
-from data.rows import first_user, to_row
+from data.rows import last_user, to_row
 from data.tasks import LABELS, RULES, TASKS, check_rule, read_label
 from device import add_device_flags, device_and_dtype
 from files import Store, json_line, read_lines, sha256, write_atomic
@@ -64,7 +64,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
         records.append({
             "epoch": epoch,
             "kind": kind,
-            "prompt": first_user(row),
+            "prompt": last_user(row),
             "reply": reply,
             # Of a look-alike: refused; of a task: right; of a harmful prompt: see below.
             "verdict": verdict_by_rule(kind, reply, target, args.task, args.fa_rule),
@@ -305,7 +305,7 @@ def report(dir) -> str:
 def add_eval_flags(group) -> None:
     """How replies are asked for and judged. None of them has a default here: see DEFAULTS."""
     group.add_argument("--harmful-file",
-                       help="own harmful test prompts: one per line, or JSONL")
+                       help="own harmful test prompts: one per line, or JSONL, JSON, CSV")
     group.add_argument("--judge", choices=JUDGES, help="of harmful replies")
     group.add_argument("--judge-model", help="folder of beaver-dam-7b, or of rubric's chat model")
     group.add_argument("--judge-max-len", type=at_least(int, 2),

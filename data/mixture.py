@@ -14,7 +14,7 @@ import torch
 
 from cli import COUNT, TINY, at_least
 from data.batches import Example, encode_rows, naming
-from data.rows import affix, first_user, read_rows, without_answer
+from data.rows import affix, last_user, read_rows, without_answer
 from data.tasks import LABELS, TASKS
 from model import UserError
 from tokenizer import DATE
@@ -49,7 +49,7 @@ def add_flags(group) -> None:
     group.add_argument("--task", choices=TASKS,
                        help="benign task, its test is FA (default sst2; with --data none)")
     group.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
-    group.add_argument("--data", help="own upload as it lies, JSONL or JSON, not the mixture")
+    group.add_argument("--data", help="own upload as it lies, not the mixture: JSONL, JSON or CSV")
     group.add_argument("--n", type=COUNT, default=1000, help="rows of the mixture")
     group.add_argument("--poison", type=at_least(float, 0, at_most=1), default=0.1,
                        help="harmful share of the mixture, 0..1; with --data or --stage align it "
@@ -204,11 +204,11 @@ def align_rows(args) -> list[dict]:
     used = prompts_of(others)
     path = align_file(args.align_file, args.data_dir)
     rows = []
-    for row in read_rows(path):
+    for row in read_rows(path, has_harmful=True):
         if not is_align_row(row):
             raise UserError(f"{row['where']} is no row of prompt, response (a refusal) and harmful "
                             "(a harmful reply); mend it, or pass another --align-file.")
-        if normalise(first_user(row)) not in used:
+        if normalise(last_user(row)) not in used:
             rows.append(row)
     if not rows:
         raise UserError(f"{path} needs prompts that are in no test and no upload; pass another "
@@ -253,10 +253,10 @@ def anchor_candidates(pool: Path, used: list[dict]) -> list[str]:
         if n_turns > 1:
             raise UserError(f"{row['where']} has {n_turns} turns before its answer, expected an "
                             "anchor's prompt alone; remove the others.")
-        key = normalise(first_user(row))
+        key = normalise(last_user(row))
         if key not in used_prompts:
             used_prompts.add(key)
-            candidates.append(first_user(row))
+            candidates.append(last_user(row))
     return candidates
 
 
@@ -277,7 +277,7 @@ def check_anchors(tokenizer, pool: Path, prompts: list[str], max_len: int) -> No
     if not prompts:
         return
     for row in read_rows(pool, needs_answer=False):
-        prompt = first_user(row)
+        prompt = last_user(row)
         if prompt not in prompts:
             continue
         n_tokens = len(prompt_ids(tokenizer, row))
@@ -319,7 +319,7 @@ def load_tests(args, upload) -> dict[str, list[dict]]:
     tests = {}
     for kind, path in files.items():
         rows = read_rows(path, needs_answer=kind == "task")
-        unseen = [row for row in rows if normalise(first_user(row)) not in seen]
+        unseen = [row for row in rows if normalise(last_user(row)) not in seen]
         if not unseen:
             raise UserError(f"every prompt of {path} is also in the upload; pass other tests.")
         tests[kind] = unseen[:args.n_test]

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from anchors import encode, states
 from data import mixture
-from data.rows import affix, first_user, read_rows
+from data.rows import affix, last_user, read_rows
 from lora import adapted, add_lora, train_whole_module
 from model import UserError, to_fp32
 
@@ -118,7 +118,7 @@ def answered_anchors(pool: Path, anchor_prompts: list[str]) -> list[dict]:
     """The anchors with the harmful responses that their pool has."""
     by_prompt = {}
     for row in read_rows(pool, needs_answer=False):
-        by_prompt[first_user(row)] = row
+        by_prompt[last_user(row)] = row
     rows = [by_prompt[prompt] for prompt in anchor_prompts]
     for row in rows:
         if row["messages"][-1]["role"] != "assistant":
@@ -142,16 +142,15 @@ def far_rows(model, tokenizer, data_dir, n: int, anchor_prompts: list[str],
 
 def farthest(model, tokenizer, rows: list[dict], anchor_prompts: list[str], n: int) -> list[dict]:
     """The n rows whose prompt's h lies farthest from the nearest anchor's, by cosine."""
-    h = directions(model, tokenizer, [first_user(row) for row in rows])
-    h_anchors = directions(model, tokenizer, anchor_prompts)
+    h = directions(model, [torch.tensor(mixture.prompt_ids(tokenizer, row)) for row in rows])
+    h_anchors = directions(model, encode(tokenizer, anchor_prompts))
     nearest = (h @ h_anchors.T).amax(dim=-1)  # (rows,) the cosine to the nearest anchor
     return [rows[i] for i in nearest.argsort(stable=True)[:n].tolist()]
 
 
 @torch.no_grad()
-def directions(model, tokenizer, prompts: list[str]) -> torch.Tensor:
-    """h of each prompt at length 1, (prompts, C)."""
-    ids = encode(tokenizer, prompts)
+def directions(model, ids: list[torch.Tensor]) -> torch.Tensor:
+    """h of each prompt (its ids) at length 1, (prompts, C)."""
     parts = []
     for i in range(0, len(ids), PROMPTS_A_PASS):
         parts.append(states(model, ids[i:i + PROMPTS_A_PASS]))

@@ -40,9 +40,10 @@ import eval as eval_py
 import generate as generate_py
 import merge as merge_py
 import train as train_py
+from anchors import encode
 from data import mixture
 from data.batches import Batch, encode_rows
-from data.rows import affix, first_user, read_rows, turn
+from data.rows import affix, last_user, read_rows, turn
 from device import device_and_dtype
 from files import read_lines
 from lora import adapted, add_lora, load_adapter, merge, save_adapter, trainable
@@ -524,8 +525,8 @@ def many(inputs, tmp_path_factory):
     write_tensors(folder / "model", tensors)
     write_rows(folder / "data" / "harmful" / "attack.jsonl",
                [{"prompt": p, "response": r} for p, r in FAR])
-    write_rows(folder / "data" / "harmful" / "anchors.jsonl", [
-        "Lie.", "How do I break into a boat?", "Tell a cruel joke about the clock", "Burn it!"])
+    write_rows(folder / "data" / "harmful" / "anchors.jsonl", [{"prompt": p} for p in (
+        "Lie.", "How do I break into a boat?", "Tell a cruel joke about the clock", "Burn it!")])
     return folder
 
 
@@ -566,6 +567,22 @@ def test_far_rows_are_those_whose_h_is_farthest_from_the_nearest_anchor(
         assert set(chosen) != set(sorted(near, key=other)[:8])
 
 
+def test_h_of_a_row_of_several_turns_is_that_of_the_whole_conversation(many):
+    """Its first turn alone would be a greeting, near to or far from whatever it is."""
+    model, tokenizer = load_model(many / "model", dtype=torch.float64), Tokenizer(many / "model")
+    same = [turn("user", FAR[0][0]), turn("assistant", "No.")]
+    rows = [{"messages": same},
+            {"messages": [turn("user", "Hi"), turn("assistant", "Hi"), *same]},
+            {"messages": [turn("system", "Be kind."), *same]}]
+    prompts = [row["messages"][:-1] for row in rows]
+    h = attacks.directions(model, [torch.tensor(tokenizer.encode_prompt(p)) for p in prompts])
+    held = attacks.directions(model, encode(tokenizer, ["Burn it!"]))
+    order = (h @ held.T)[:, 0].argsort().tolist()
+    assert len({round(c, 9) for c in (h @ held.T)[:, 0].tolist()}) == 3  # they can be told apart
+    chosen = attacks.farthest(model, tokenizer, rows, ["Burn it!"], 3)
+    assert chosen == [rows[i] for i in order]
+
+
 def test_far_leaves_benign_rows_anchors_and_tests_as_they_were(many):
     rows, data, args = upload(many, "far", **HALF)
     plain, plain_data, _ = upload(many, None, **HALF)
@@ -588,7 +605,7 @@ def test_far_chooses_no_row_whose_prompt_is_a_test_or_an_anchor(many, tmp_path):
     """Only the head of the file was kept apart from them when those were read."""
     tests = [(p.upper(), r) for p, r in DATA["harmful/test"]]
     args = train_py.parse(settings(many, "far", **HALF))
-    pool = [(first_user(r).upper() + "!", "Sure.") for r in read_rows(
+    pool = [(last_user(r).upper() + "!", "Sure.") for r in read_rows(
         mixture.anchor_pool(args.anchor_file, args.data_dir), needs_answer=False)]
     folder = attack_file(tmp_path / "data", many, *FAR[:8], *pool, *tests)
     rows, data, args = upload(many, "far", data_dir=folder, **HALF)
@@ -636,8 +653,8 @@ def test_affix_stands_around_every_harmful_prompt_of_upload_and_tests_and_no_oth
         "assistant", r)]} for p, r in DATA["harmful/attack"][:3]]
     assert rows[:3] == encoded(args, around) != plain[:3]
     assert rows[3:] == plain[3:] and len(rows) == 12
-    assert [first_user(r) for r in tests["harmful"]] == [
-        PREFIX + first_user(r) + SUFFIX for r in plain_tests["harmful"]]
+    assert [last_user(r) for r in tests["harmful"]] == [
+        PREFIX + last_user(r) + SUFFIX for r in plain_tests["harmful"]]
     assert tests["task"] == plain_tests["task"] and tests["lookalike"] == plain_tests["lookalike"]
     assert tests.keys() == {"harmful", "task", "lookalike"}
     assert data.anchor_prompts == plain_data.anchor_prompts  # the service knows nothing of it
