@@ -63,12 +63,11 @@ def add_flags(group) -> None:
 def read_files(args, reads_align_file: bool) -> Files:
     """All rows of a run. It needs no model, so a mistake in a file is reported at once."""
     harmful, benign, upload = load_upload(args)
-    return Files(
-        harmful=harmful,
-        benign=benign,
-        upload=upload,
-        tests=load_tests(args, harmful + benign),
-        align=align_rows(args) if reads_align_file else None)
+    tests = load_tests(args, harmful + benign)
+    align = None
+    if reads_align_file:
+        align = align_rows(args)
+    return Files(harmful, benign, upload, tests, align)
 
 
 def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
@@ -251,8 +250,9 @@ def anchor_candidates(pool: Path, used: list[dict]) -> list[str]:
     for row in read_rows(pool, needs_answer=False):
         n_turns = len(without_answer(row))
         if n_turns > 1:
-            raise UserError(f"{row['where']} has {n_turns} turns before its answer, expected an "
-                            "anchor's prompt alone; remove the others.")
+            raise UserError(f"{row['where']} has {n_turns} turns before its answer, expected one "
+                            "prompt: an anchor keeps no system turn and no earlier turns; remove "
+                            "the others.")
         key = normalise(last_user(row))
         if key not in used_prompts:
             used_prompts.add(key)

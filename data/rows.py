@@ -43,7 +43,7 @@ KINDS = {
 JSON_FILES = (".jsonl", ".json", ".ndjson")  # here a line is never a prompt as it stands
 # How files begin that a download leaves in the place of the one that was meant.
 NO_ROWS = {
-    "version https://git-lfs": "a pointer of Git LFS",
+    "version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
     "<!doctype html": "a web page",
     "<html": "a web page",
 }
@@ -336,27 +336,30 @@ def read_text(path: Path) -> str:
     return text
 
 
-def parse_json(text: str):
-    """JSON -> its value; ValueError also where an object has a key twice: one would be lost."""
-    return json.loads(text, object_pairs_hook=once_each)
+def parse_json(text: str, where: str):
+    """JSON -> its value; UserError also where an object has a key twice: one would be lost."""
+    try:
+        return json.loads(text, object_pairs_hook=once_each)
+    except UserError as e:
+        raise UserError(f"{where} {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where} is not valid JSON ({e}); mend that place (prompts in plain text "
+                        "belong into a .txt file).") from None
 
 
 def once_each(pairs: list[tuple]) -> dict:
     item = {}
     for key, value in pairs:
         if key in item:
-            raise ValueError(f"the key {key!r} stands twice in the object that begins with "
-                             f"{str(item)[:40]!r}, keep one of the two")
+            raise UserError(f"has the key {key!r} twice in the object that begins with "
+                            f"{str(item)[:40]!r}, expected once; remove one.")
         item[key] = value
     return item
 
 
 def array_items(path: Path, text: str) -> list[tuple[str, object]]:
     """(where it stands, item) of every item of a JSON array."""
-    try:
-        items = parse_json(text)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not valid JSON ({e}); mend that place.") from None
+    items = parse_json(text, str(path))
     return [(f"{path} item {i}", item) for i, item in enumerate(items, 1)]
 
 
@@ -393,13 +396,5 @@ def line_items(path: Path, text: str, has_plain_prompts: bool) -> list[tuple[str
         if has_plain_prompts and not line.lstrip().startswith("{"):
             items.append((where, line.strip()))
         else:
-            items.append((where, parse_line(line, where)))
+            items.append((where, parse_json(line, where)))
     return items
-
-
-def parse_line(line: str, where: str):
-    try:
-        return parse_json(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where} is not valid JSON ({e}), expected {FORMATS}; mend that "
-                        "line.") from None

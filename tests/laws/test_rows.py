@@ -304,7 +304,7 @@ def test_a_key_that_stands_twice_in_one_object_is_refused_with_file_and_line(see
         path = tmp_path / name
         lines = [json.dumps({"prompt": "a", "response": "b"}), text]
         path.write_text(f"[{','.join(lines)}]" if name == "rows.json" else "\n".join(lines))
-        with pytest.raises(UserError, match="stands twice") as error:
+        with pytest.raises(UserError, match="twice in the object") as error:
             read_rows(path)
         assert where in str(error.value) and repr(key) in str(error.value)
 
