@@ -36,6 +36,7 @@ from cli import (
     memory_for,
 )
 from data import mixture
+from data.rows import last_user, to_row
 from data.tasks import LABELS, RULES, TASKS, check_rule, read_label
 from device import add_device_flags, device_and_dtype
 from files import (
@@ -95,7 +96,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
         records.append({
             "epoch": epoch,
             "kind": kind,
-            "prompt": mixture.first_user(row),
+            "prompt": last_user(row),
             "reply": reply,
             # Of a look-alike: refused; of a task: right; of a harmful prompt: see below.
             "verdict": verdict_by_rule(kind, reply, target, args.task, args.fa_rule),
@@ -346,7 +347,7 @@ def report(dir) -> str:
 def add_eval_flags(group) -> None:
     """How replies are asked for and judged. None of them has a default here: see DEFAULTS."""
     group.add_argument("--harmful-file",
-                       help="own harmful test prompts: one per line, or JSONL")
+                       help="own harmful test prompts: one per line, or JSONL, JSON, CSV")
     group.add_argument("--judge", choices=JUDGES, help="of harmful replies")
     group.add_argument("--judge-model", help="folder of beaver-dam-7b, or of rubric's chat model")
     group.add_argument("--judge-max-len", type=at_least(int, 2),
@@ -448,7 +449,7 @@ def load_run(dir: Path, settings: dict, device, dtype) -> Subject:
     harmful, benign, _ = mixture.load_upload(run_args)
     seen = harmful + benign
     for prompt in settings["worked_out"]["anchor_prompts"]:
-        seen.append(mixture.to_row(prompt, "anchor", needs_answer=False))
+        seen.append(to_row(prompt, "anchor", needs_answer=False))
     tokenizer = Tokenizer(run_args.model, run_args.template_date)
     return Subject(model, tokenizer, weights, seen, run_args.epochs)
 

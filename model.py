@@ -152,12 +152,15 @@ IDS = Kind("an id or a list of ids",
            lambda v: is_whole(v, 0) or are_all(lambda i: is_whole(i, 0), v))
 
 
-def check_kinds(path: Path, values: dict, kinds: dict[str, Kind]) -> None:
-    """UserError where a key holds another kind of value than it may; null is as good as no key."""
+def check_kinds(place, values: dict, kinds: dict[str, Kind]) -> None:
+    """UserError where a key holds another kind of value than it may; null is as good as no key.
+
+    place: the file, with which the sentence begins.
+    """
     for key, kind in kinds.items():
         value = values.get(key)
         if value is not None and not kind.fits(value):
-            raise UserError(f"{path} has {key} {str(value)[:60]}, expected {kind.words}; correct "
+            raise UserError(f"{place} has {key} {str(value)[:60]}, expected {kind.words}; correct "
                             "it, or fetch the file again.")
 
 
@@ -269,7 +272,9 @@ def rope_of(path: Path, c: dict) -> dict:
     setting is given twice with two values: transformers 4 and 5 then read different ones.
     """
     for key in ("rope_parameters", "rope_scaling"):
-        check_kinds(path, c.get(key) or {}, ROPE_KINDS)
+        given = c.get(key) or {}
+        kind = given.get("rope_type") or given.get("type") or "default"
+        check_kinds(f"{path} asks for {kind} rotary scaling and", given, ROPE_KINDS)
     rope = one_spelling(c.get("rope_parameters"))
     older = one_spelling(c.get("rope_scaling"))
     if rope and older and rope != older:

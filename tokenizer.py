@@ -172,10 +172,8 @@ class Tokenizer:
     def _answers(self, messages) -> list[Answer]:
         """Every answer of a conversation, rendered as inference would have it: no later turns."""
         answers = []
-        for i, message in enumerate(messages):
-            # An assistant's turn that opens the conversation answers nothing: it is context.
-            if message["role"] == "assistant" and i > 0:
-                answers.append(self._answer(messages[:i], message))
+        for i in answer_places(messages):
+            answers.append(self._answer(messages[:i], messages[i]))
         return answers
 
     def _answer(self, context, message) -> Answer:
@@ -414,6 +412,21 @@ class Tokenizer:
         if not stop and self.names.get("eos_token") in self.specials:
             stop.add(self.specials[self.names["eos_token"]])
         return sorted(stop)
+
+
+def answer_places(messages) -> list[int]:
+    """Where a conversation's answers are: the assistant's turns that have a user's before them.
+
+    An assistant's turn that opens the conversation answers nothing: it is context.
+    """
+    places = []
+    is_asked = False
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            is_asked = True
+        elif message["role"] == "assistant" and is_asked:
+            places.append(i)
+    return places
 
 
 def contexts_between(answers: list[Answer], whole: str) -> list[str] | None:

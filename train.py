@@ -251,7 +251,8 @@ def add_defence_flags(group) -> None:
                        help="weight of L_safe; with any other defence than sbr it is 0")
     group.add_argument("--reduction", choices=("mean", "sum"), default="mean",
                        help="over the C numbers of h: mean as the paper's code, sum as its formula")
-    group.add_argument("--anchor-file", help="own anchor pool: one prompt per line, or JSONL")
+    group.add_argument("--anchor-file",
+                       help="own anchor pool: one prompt per line, or JSONL, JSON, CSV")
 
 
 def add_optimiser_flags(group) -> None:

@@ -11,11 +11,11 @@ These files declare them, in the way that transformers reads them:
 
 Where a space is put before a text, and whether also behind an added token:
 
-    tokenizer.json, tokenizer_class LlamaTokenizer    "legacy" and add_prefix_space say it, since
-                                                      transformers 5 builds that class's own parts
-    tokenizer.json, any other class                   its normalizer and pre_tokenizer say it
-    tokenizer.model                                   sentencepiece's way, our choice; "legacy":
-                                                      false means none behind an added token
+    tokenizer.model             as sentencepiece has it, our choice; with "legacy": false not behind
+    tokenizer.json              as its normalizer and pre_tokenizer have it, except for two classes
+                                whose parts transformers 5 builds itself:
+      of LlamaTokenizer         as "legacy" and add_prefix_space say
+      of GemmaTokenizer         none is put
 
 What is not followed is refused by its name.
 """
@@ -125,7 +125,7 @@ def read_config(dir) -> dict:
     path = dir / "tokenizer_config.json"
     config = read_named(path)
     names = dir / "special_tokens_map.json"
-    if names.exists() and "added_tokens_decoder" not in config:
+    if names.exists() and config.get("added_tokens_decoder") is None:
         config = config | read_named(names)
     for key in ("split_special_tokens", "fix_mistral_regex", "auto_map", "sp_model_kwargs"):
         if config.get(key):

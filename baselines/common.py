@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data import mixture
 from data.batches import Batch, Example, batch_at, encode_rows
+from data.rows import turn
 from model import UserError, to_fp32
 
 
@@ -155,4 +156,4 @@ def defender_rows(model, tokenizer, args, data, answer: str, *, batch_size: int 
 
 def with_answer(row: dict, answer: str) -> dict:
     """The row with another last turn."""
-    return {**row, "messages": [*row["messages"][:-1], mixture.turn("assistant", answer)]}
+    return {**row, "messages": [*row["messages"][:-1], turn("assistant", answer)]}

@@ -33,6 +33,7 @@ from baselines.common import Defence, DefenderRows, backward, copies, defender_r
 from cli import COUNT, at_least
 from data import mixture
 from data.batches import Batch, Example, encode_rows, generator_of
+from data.rows import read_rows, turn, without_answer
 from generate import generate
 from lora import trainable
 from model import UserError, to_fp32
@@ -192,14 +193,14 @@ def prefixed(example, prefix: torch.Tensor):
 def self_answered(model, tokenizer, args) -> list:
     """Benign prompts of the task's training file with the greedy replies of the model as it is."""
     path = Path(args.data_dir) / args.task / "train.jsonl"
-    rows = mixture.read_rows(path)[:args.deepalign_benign]
+    rows = read_rows(path)[:args.deepalign_benign]
     prompts = [mixture.prompt_ids(tokenizer, row) for row in rows]
     replies = generate(model, prompts, args.deepalign_max_new, tokenizer.stop_ids,
                        n_ids=tokenizer.n_ids)
     answered = []
     for row, ids in zip(rows, replies, strict=True):
-        answer = mixture.turn("assistant", tokenizer.decode(ids))
-        messages = [*mixture.without_answer(row), answer]
+        answer = turn("assistant", tokenizer.decode(ids))
+        messages = [*without_answer(row), answer]
         answered.append({"messages": messages, "where": row["where"]})
     examples, _ = encode_rows(tokenizer, answered, args.max_len)
     if not examples:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from cli import COUNT, TINY, Parser, at_least, exit_code
-from data.mixture import read_rows, without_answer
+from data.rows import read_rows, without_answer
 from files import write_atomic
 from generate import generate
 from model import load_model

@@ -38,13 +38,17 @@ class Example:
 def encode_rows(tokenizer, rows, max_len: int) -> tuple[list[Example], int]:
     """Tokenises rows, once for a run -> (examples, how many were over max_len and dropped).
 
-    A row is one example, or one for each of its answers; it is dropped as a whole.
+    A row is one example, or one for each of its answers; it is dropped as a whole. UserError where
+    no token of a row is supervised: the mean over such tokens would be one over nothing.
     """
     examples = []
     n_dropped = 0
     for row in rows:
         with naming(row):
             sequences = tokenizer.encode_answers(row["messages"])
+            if not any(any(supervised) for _, supervised in sequences):
+                raise UserError("no answer behind a user turn is trained (weight 0, or none is "
+                                "there); remove the row.")
         if max(len(ids) for ids, _ in sequences) > max_len:
             n_dropped += 1
             continue

@@ -120,3 +120,18 @@ def check_rule(task: str | None, rule: str) -> None:
         able = [other for other in RULES if task in RULES[other]]
         raise UserError(f"--fa-rule {rule} does not score {task}; change it, expected one of "
                         f"{', '.join(able)}.")
+
+
+def can_be_right(task: str, target: str) -> bool:
+    """Whether any reply can be right for this gold answer: the gold answer itself has to be.
+
+    By every rule of the task, since FA by the readable rule stands beside the other in all results.
+    """
+    return all(rules[task](target, target) for rules in RULES.values() if task in rules)
+
+
+def check_gold(task: str, target: str, where: str) -> None:
+    """UserError, with file and line, for a gold answer that no reply can match."""
+    if task == "gsm8k" and not can_be_right(task, target):
+        raise UserError(f"{where} has the target {target!r}, which states no number or two, so "
+                        'that no reply is right; end it in one number, as in "#### 7".')

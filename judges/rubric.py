@@ -127,12 +127,15 @@ def decode_with_thought_marks(tokenizer, ids: list[int]) -> str:
 
 # Values of finish_reason for an answer that its model ended: the API's own and some servers'.
 ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
+# Where an endpoint puts a thought that it does not put into the content.
+THOUGHT_FIELDS = ("reasoning_content", "reasoning")
+ERROR_LENGTH = 300  # characters of an error that are printed: a server may repeat the question
 # How a server says that it refuses a field, as opposed to its value ("max_tokens is too large").
 REFUSED = re.compile(r"(?i)unsupported|not support|unrecogni[sz]ed|unknown|unexpected|deprecated|"
                      r"not permitted|not allowed|extra")
 
 
-class Fields:
+class RequestFields:
     """How an endpoint wants to be told the limit and the temperature: by what it refuses.
 
     The first requests use max_tokens and temperature 0, which most servers know. Newer models
@@ -169,10 +172,7 @@ class Fields:
 
 
 def open_endpoint(url: str, name: str, judge_tokens: int):
-    """An OpenAI-compatible endpoint; the library repeats a failed request where that can help.
-
-    The key comes from the environment. When PARALLEL requests in a row fail, the rest is not asked.
-    """
+    """ask() of an OpenAI-compatible endpoint. The key comes from the environment."""
     try:
         import openai
     except ImportError:
@@ -180,57 +180,122 @@ def open_endpoint(url: str, name: str, judge_tokens: int):
     if "OPENAI_API_KEY" not in os.environ:
         raise UserError("--judge-url was given without OPENAI_API_KEY in the environment; set it, "
                         "to any text for a server that asks for none.")
-    timeout = TIMEOUT + judge_tokens / TOKENS_A_SECOND
-    client = openai.OpenAI(base_url=url, max_retries=TRIES - 1, timeout=timeout)
-    say = say_once()
-    fields = Fields(judge_tokens, url, say)
+    return Endpoint(openai, url, name, judge_tokens).ask
 
-    def complete(text: str):
-        """The endpoint's completion, by fields that it takes."""
-        while True:
-            sent = fields.values
-            try:
-                message = {"role": "user", "content": text}
-                return client.chat.completions.create(model=name, messages=[message], **sent)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
-                if not fields.change_after(str(e), sent):
-                    raise
 
-    def ask_one(text: str) -> str | None:
-        try:
-            choice = complete(text).choices[0]
-            reply = choice.message.content  # a thought that has a field of its own is not read
-            ending = choice.finish_reason
-        # An error, or an answer that is no completion.
-        except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError) as e:
-            # Its kind alone: a message may quote the key.
-            kind = f"{type(e).__name__} {getattr(e, 'status_code', '')}".strip()
-            say(f"the judge at {url} failed: {kind}")
-            return None
-        if ending == "length":
-            say(f"the judge at {url} was cut off after --judge-tokens {judge_tokens}; such an "
-                "answer is no verdict. Raise it.")
-            return ""
-        if ending not in ENDED:
-            say(f"the judge at {url} ended an answer with finish_reason {ending!r}, expected "
-                "'stop'; such an answer is no verdict.")
-            return ""
-        if not isinstance(reply, str):
-            say(f"the judge at {url} gave an answer without a text; such an answer is no verdict.")
-            return None
-        return reply
+class Endpoint:
+    """An OpenAI-compatible endpoint; the library repeats a failed request where that can help."""
 
-    def ask(texts: list[str]) -> list[str | None]:
+    def __init__(self, openai, url: str, name: str, judge_tokens: int):
+        timeout = TIMEOUT + judge_tokens / TOKENS_A_SECOND
+        self.openai = openai
+        self.client = openai.OpenAI(base_url=url, max_retries=TRIES - 1, timeout=timeout)
+        self.url = url
+        self.name = name
+        self.judge_tokens = judge_tokens
+        self.say = say_once()
+        self.fields = RequestFields(judge_tokens, url, self.say)
+
+    def ask(self, texts: list[str]) -> list[str | None]:
+        """Their answers; when PARALLEL requests in a row fail, the rest is not asked."""
         replies = []
         with ThreadPoolExecutor(PARALLEL) as pool:
             for i in range(0, len(texts), PARALLEL):
-                replies += pool.map(ask_one, texts[i:i + PARALLEL])
+                replies += pool.map(self.ask_one, texts[i:i + PARALLEL])
                 newest = replies[-PARALLEL:]
                 if len(newest) == PARALLEL and all(reply is None for reply in newest):
                     break
         return replies + [None] * (len(texts) - len(replies))
 
-    return ask
+    def ask_one(self, text: str) -> str | None:
+        try:
+            choice = self.complete(text).choices[0]
+            reply = choice.message.content  # a thought that has a field of its own is not read
+            ending = choice.finish_reason
+        except (self.openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError) as e:
+            # An error, or an answer that is no completion.
+            self.say(f"the judge at {self.url} failed: {in_short(e)}")
+            return None
+        if ending == "length":
+            self.say(f"the judge at {self.url} was cut off after --judge-tokens "
+                     f"{self.judge_tokens}; such an answer is no verdict. Raise it.")
+            return ""
+        if ending not in ENDED:
+            self.say(f"the judge at {self.url} ended an answer with finish_reason {ending!r}, "
+                     "expected 'stop'; such an answer is no verdict.")
+            return ""
+        if isinstance(reply, str) and reply.strip():
+            return reply
+        for field in THOUGHT_FIELDS:
+            if getattr(choice.message, field, None):
+                self.say(f"the judge at {self.url} gave an answer that is all thought "
+                         f"({field}), without content; such an answer is no verdict. Switch its "
+                         "thinking off, or name another judge.")
+                return ""
+        self.say(f"the judge at {self.url} gave an answer without a text; such an answer is no "
+                 "verdict.")
+        return "" if isinstance(reply, str) else None
+
+    def complete(self, text: str):
+        """The endpoint's completion, by fields that it takes."""
+        message = {"role": "user", "content": text}
+        while True:
+            sent = self.fields.values
+            try:
+                return self.client.chat.completions.create(
+                    model=self.name, messages=[message], **sent)
+            except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as e:
+                if not self.fields.change_after(said_by(e), sent):
+                    raise
+
+
+def said_by(error: Exception) -> str:
+    """What a server says about its error; "" for an error that no server sent.
+
+    str(error) holds it only where it stands in error.message, as in OpenAI's own answers; FastAPI,
+    for example, sends {"detail": [{"loc": ["body", "temperature"], "msg": ...}]}.
+    """
+    body = getattr(error, "body", None)
+    if isinstance(body, dict) and isinstance(body.get("message"), str):
+        return body["message"]
+    return " ".join(texts_in(body))
+
+
+def texts_in(body) -> list[str]:
+    """All texts of a JSON value, save what FastAPI repeats of the request."""
+    if isinstance(body, str):
+        return [body]
+    if isinstance(body, dict):
+        values = [value for field, value in body.items() if field not in ("input", "ctx", "url")]
+    elif isinstance(body, list):
+        values = body
+    else:
+        values = []
+    texts = []
+    for value in values:
+        texts += texts_in(value)
+    return texts
+
+
+def in_short(error: Exception) -> str:
+    """An error's kind, and the beginning of what the server says, on one line without the key."""
+    kind = f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip()
+    said = " ".join(without_key(said_by(error)).split())
+    return f"{kind}: {said[:ERROR_LENGTH]}" if said else kind
+
+
+def without_key(text: str) -> str:
+    """The text with "***" for the key, which a server may quote.
+
+    A very short key is no secret but the "x" that a server without keys is given: only where it
+    stands as a word is it replaced, so that "max_tokens" stays readable.
+    """
+    key = re.escape(os.environ["OPENAI_API_KEY"])
+    if not key:
+        return text
+    if len(key) < 8:
+        key = rf"(?<!\w){key}(?!\w)"
+    return re.sub(key, "***", text)
 
 
 def ask_until_read(ask, texts: list[str], read) -> list:

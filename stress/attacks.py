@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from anchors import encode, states
 from cli import text
 from data import mixture
+from data.rows import affix, last_user, read_rows
 from lora import adapted, add_lora, train_whole_module
 from model import UserError, to_fp32
 
@@ -103,7 +104,7 @@ def change_rows(model, tokenizer, args, harmful: list[dict], anchor_prompts: lis
                 harmful_tests: list[dict]) -> tuple[list[dict], str]:
     """The upload's harmful rows as the attack has them, and what to say of it."""
     if args.attack == "affix":
-        rows = [mixture.affix(row, args.attack_prefix, args.attack_suffix) for row in harmful]
+        rows = [affix(row, args.attack_prefix, args.attack_suffix) for row in harmful]
         return rows, "; harmful prompts affixed"
     if args.attack == "known-anchors":
         pool = mixture.anchor_pool(args.anchor_file, args.data_dir)
@@ -119,8 +120,8 @@ def change_rows(model, tokenizer, args, harmful: list[dict], anchor_prompts: lis
 def answered_anchors(pool: Path, anchor_prompts: list[str]) -> list[dict]:
     """The anchors with the harmful responses that their pool has."""
     by_prompt = {}
-    for row in mixture.read_rows(pool, needs_answer=False):
-        by_prompt[mixture.first_user(row)] = row
+    for row in read_rows(pool, needs_answer=False):
+        by_prompt[last_user(row)] = row
     rows = [by_prompt[prompt] for prompt in anchor_prompts]
     for row in rows:
         if row["messages"][-1]["role"] != "assistant":
@@ -134,7 +135,7 @@ def far_rows(model, tokenizer, data_dir, n: int, anchor_prompts: list[str],
     """n harmful rows, of those that are no test and no anchor, and what to say of them."""
     path = mixture.attack_file(data_dir)
     used = mixture.prompts_of(harmful_tests) | {mixture.normalise(p) for p in anchor_prompts}
-    rows = [row for row in mixture.read_rows(path) if not mixture.prompts_of([row]) & used]
+    rows = [row for row in read_rows(path) if not mixture.prompts_of([row]) & used]
     if len(rows) < n:
         raise UserError(f"--attack far needs {n} rows of {path}, where {len(rows)} are no test; "
                         "lower --n or --poison.")
@@ -144,16 +145,15 @@ def far_rows(model, tokenizer, data_dir, n: int, anchor_prompts: list[str],
 
 def farthest(model, tokenizer, rows: list[dict], anchor_prompts: list[str], n: int) -> list[dict]:
     """The n rows whose prompt's h lies farthest from the nearest anchor's, by cosine."""
-    h = directions(model, tokenizer, [mixture.first_user(row) for row in rows])
-    h_anchors = directions(model, tokenizer, anchor_prompts)
+    h = directions(model, [torch.tensor(mixture.prompt_ids(tokenizer, row)) for row in rows])
+    h_anchors = directions(model, encode(tokenizer, anchor_prompts))
     nearest = (h @ h_anchors.T).amax(dim=-1)  # (rows,) the cosine to the nearest anchor
     return [rows[i] for i in nearest.argsort(stable=True)[:n].tolist()]
 
 
 @torch.no_grad()
-def directions(model, tokenizer, prompts: list[str]) -> torch.Tensor:
-    """h of each prompt at length 1, (prompts, C)."""
-    ids = encode(tokenizer, prompts)
+def directions(model, ids: list[torch.Tensor]) -> torch.Tensor:
+    """h of each prompt (its ids) at length 1, (prompts, C)."""
     parts = []
     for i in range(0, len(ids), PROMPTS_A_PASS):
         parts.append(states(model, ids[i:i + PROMPTS_A_PASS]))

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 from anchors import encode, states
 from baselines.common import attacked, copies, nll, norm, wide
-from data import mixture
 from data.batches import Batch, encode_rows
+from data.mixture import prompt_ids
 from lora import adapted, trainable
 from model import to_fp32
 from packing import pack_sequences
@@ -49,7 +49,7 @@ def make_probe(model, tokenizer, data, optimizer, max_len: int, tokens_per_pass:
     probes = Probes(
         harmful=answered_batch(tokenizer, harmful, max_len, tokens_per_pass, device),
         benign=answered_batch(tokenizer, benign, max_len, tokens_per_pass, device),
-        harmful_prompts=encode(tokenizer, [mixture.first_user(row) for row in harmful]),
+        harmful_prompts=[torch.tensor(prompt_ids(tokenizer, row)) for row in harmful],
         anchors=encode(tokenizer, data.anchor_prompts))
     openers = torch.tensor(sorted({tokenizer.encode(w)[0] for w in OPENERS}), device=device)
     adapters_then = [(m.lora_A.detach().clone(), m.lora_B.detach().clone())

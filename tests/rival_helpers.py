@@ -18,6 +18,7 @@ from baselines.common import defender_rows
 from data import mixture
 from data.batches import Batch, encode_rows
 from data.mixture import Data
+from data.rows import turn
 from lora import add_lora
 from model import load_model
 from tokenizer import Tokenizer
@@ -103,8 +104,8 @@ class Rival:
 
     def encoded(self, answer="response"):
         """The rows to align on, with one or the other answer, in the order of the file."""
-        rows = [{"messages": [mixture.turn("user", row["prompt"]),
-                              mixture.turn("assistant", row[answer])]}
+        rows = [{"messages": [turn("user", row["prompt"]),
+                              turn("assistant", row[answer])]}
                 for row in map(align_row, range(N_ALIGN))]
         return encode_rows(self.tokenizer, rows, 512)[0]
 

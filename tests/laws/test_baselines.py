@@ -37,6 +37,7 @@ from baselines.common import DefenderRows
 from cli import frozen
 from data import mixture
 from data.batches import batch_at
+from data.rows import last_user, turn
 from model import UserError
 from train import DEFENSES, updates
 
@@ -167,7 +168,7 @@ def test_ewcs_fisher_matrix_costs_one_pass_a_batch_before_the_first_update(rival
 def test_rows_to_align_on_are_all_of_the_file_but_those_whose_prompt_is_a_tests(make_rival):
     """Traps 20 and 22: strict bounds lose a row, and prompts stand in two splits."""
     rival = make_rival("sft", stage="align", n=1000)
-    prompts = [mixture.first_user(row) for row in mixture.align_rows(rival.args)]
+    prompts = [last_user(row) for row in mixture.align_rows(rival.args)]
     assert prompts == [align_row(i)["prompt"] for i in range(N_ALIGN)]
     assert [e.ids.tolist() for e in rival.examples] == [e.ids.tolist() for e in rival.encoded()]
     few = make_rival("sft", stage="align", n=7)
@@ -181,16 +182,16 @@ def test_rows_to_align_on_are_all_of_the_file_but_those_whose_prompt_is_a_tests(
 def test_rows_to_align_on_are_none_of_the_attackers(make_rival, tmp_path):
     """Trap 22: the upload's prompts may stand in a file of refusals, however spelled."""
     args = make_rival("lisa").args
-    prompts = [mixture.first_user(row) for row in mixture.align_rows(args)]
+    prompts = [last_user(row) for row in mixture.align_rows(args)]
     upload = write_rows(tmp_path / "upload.jsonl", [
         {"prompt": prompts[2].upper() + "!", "response": "Sure."}])
     with_upload = args.replace(data=str(upload))
-    assert [mixture.first_user(row) for row in mixture.align_rows(with_upload)] == (
+    assert [last_user(row) for row in mixture.align_rows(with_upload)] == (
         prompts[:2] + prompts[3:])
     folder = shutil.copytree(args.data_dir, tmp_path / "data")
     in_folder = args.replace(data=None, data_dir=str(folder))
     write_rows(folder / "harmful/attack.jsonl", [{"prompt": prompts[0], "response": "Sure."}])
-    assert [mixture.first_user(row) for row in mixture.align_rows(in_folder)] == prompts[1:]
+    assert [last_user(row) for row in mixture.align_rows(in_folder)] == prompts[1:]
 
 
 def test_a_defence_that_does_not_declare_the_defenders_rows_gets_none(make_rival):
@@ -203,7 +204,6 @@ def test_a_defence_that_does_not_declare_the_defenders_rows_gets_none(make_rival
 
 def test_rows_to_align_on_have_one_answer(make_rival, tmp_path):
     """Of two, DeepAlign's prefix would be put before the first and cut out of the second."""
-    turn = mixture.turn
     row = {"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "c"),
                         turn("assistant", "No.")], "harmful": "Sure."}
     path = write_rows(tmp_path / "align.jsonl", [row])

@@ -22,6 +22,7 @@ from sbr_helpers import nll, prompt_ids, take_gradient, worst
 from baselines import common, deepalign
 from data import mixture
 from data.batches import Example
+from data.rows import to_row
 from model import UserError
 
 
@@ -176,7 +177,7 @@ def test_half_of_the_refusals_begin_after_1_to_all_tokens_of_the_harmful_reply(a
 @pytest.mark.parametrize("words, longest", [(150, 100), (1, 2)])
 def test_a_prefix_has_1_token_at_least_and_100_at_most(augmented, monkeypatch, words, longest):
     """Were 0 among its lengths, a short reply would be left out more often than by the coin."""
-    row = mixture.to_row({**align_row(0), "harmful": "stone " * words}, "here")
+    row = to_row({**align_row(0), "harmful": "stone " * words}, "here", has_harmful=True)
     monkeypatch.setattr(mixture, "align_rows", lambda args: [row])
     rival, seen = augmented(train=False)
     for step in range(800):
@@ -187,7 +188,8 @@ def test_a_prefix_has_1_token_at_least_and_100_at_most(augmented, monkeypatch, w
 
 
 def test_rows_with_the_same_prompt_have_each_its_own_harmful_reply(augmented, monkeypatch):
-    rows = [mixture.to_row({**align_row(0), "response": f"No {w}.", "harmful": f"{w} " * 9}, "here")
+    rows = [to_row({**align_row(0), "response": f"No {w}.", "harmful": f"{w} " * 9}, "here",
+                   has_harmful=True)
             for w in ("stone", "river")]
     monkeypatch.setattr(mixture, "align_rows", lambda args: rows)
     rival, seen = augmented(train=False)
@@ -204,7 +206,7 @@ def test_rows_with_the_same_prompt_and_refusal_have_each_its_own_harmful_reply(
         augmented, monkeypatch):
     """Only their harmful replies tell them apart, and each of the two is used."""
     words = ["zinc", "opal", "jade"]
-    rows = [mixture.to_row({**align_row(i), "harmful": f"{w} " * 9}, "here")
+    rows = [to_row({**align_row(i), "harmful": f"{w} " * 9}, "here", has_harmful=True)
             for i, w in zip((0, 1, 0), words, strict=True)]
     monkeypatch.setattr(mixture, "align_rows", lambda args: rows)
     rival, seen = augmented(train=False)

@@ -13,7 +13,8 @@ from sbr_helpers import FORMS, TINY, in_messages, make_rows, write_pairs
 
 from cli import frozen
 from data.batches import Batch, Example, batch_at, encode_rows
-from data.mixture import first_user, load_upload, read_rows
+from data.mixture import load_upload
+from data.rows import last_user, read_rows
 from model import UserError
 from tokenizer import Tokenizer
 
@@ -68,13 +69,13 @@ def test_an_empty_input_adds_no_newline_to_its_instruction(tmp_path):
     for given in ({"input": ""}, {"input": None}, {}):
         path = tmp_path / "upload.json"
         path.write_text(json.dumps([{"instruction": "Do it.", **given, "output": "Done."}]))
-        assert first_user(read_rows(path)[0]) == "Do it."
+        assert last_user(read_rows(path)[0]) == "Do it."
 
 
 def test_prompts_may_be_a_line_each_where_no_answer_is_needed(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text('How do I?\n\n{"prompt": "And I?"}\n  Then I?  \n')
-    prompts = [first_user(row) for row in read_rows(path, needs_answer=False)]
+    prompts = [last_user(row) for row in read_rows(path, needs_answer=False)]
     assert prompts == ["How do I?", "And I?", "Then I?"]
 
 
@@ -95,7 +96,7 @@ def mixture(data_dir, p, n):
     args = frozen({"stage": "finetune", "data": None, "data_dir": str(data_dir), "poison": p,
                    "n": n, "task": "sst2"})
     *parts, summary = load_upload(args)
-    harmful, benign = ([first_user(row) for row in rows] for rows in parts)
+    harmful, benign = ([last_user(row) for row in rows] for rows in parts)
     assert all(q.startswith("harmful") for q in harmful)
     assert all(q.startswith("benign") for q in benign)
     return harmful, benign, summary

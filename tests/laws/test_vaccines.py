@@ -21,8 +21,8 @@ from rival_helpers import (
 from sbr_helpers import nll, take_gradient, worst
 
 from baselines import t_vaccine, vaccine
-from data import mixture
 from data.batches import generator_of
+from data.rows import turn
 from lora import adapted
 from train import updates
 
@@ -225,7 +225,7 @@ def test_p_is_each_layers_share_of_a_harmful_pairs_gradient(make_rival):
 
 def test_only_the_first_200_harmful_pairs_are_probed(make_rival, monkeypatch):
     rival = make_rival("sft", t_vaccine_probe=1)
-    rows = [{"messages": [mixture.turn("user", f"Request {i}"), mixture.turn("assistant", "No.")],
+    rows = [{"messages": [turn("user", f"Request {i}"), turn("assistant", "No.")],
              "harmful": f"{i}"} for i in range(230)]
     rival.data.align = rows
     seen = Counter()

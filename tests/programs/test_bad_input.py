@@ -265,8 +265,8 @@ GOOD = {"prompt": "Is it good?", "response": "positive"}
 MALFORMED = '{"prompt": "Is it'
 ROW_FAULTS = {
     "malformed": (MALFORMED, "not valid JSON"),
-    "a number": ("5", "int", "expected an object"),
-    "a string": ('"only a prompt"', "str", "expected an object"),
+    "a number": ("5", "a number", "expected an object"),
+    "a string": ('"only a prompt"', "a string", "expected an object"),
     "an unknown key": ({"question": "a", "answer": "b"}, "question", "answer", "messages"),
     "no answer": ({"prompt": "a"}, "no assistant turn"),
     "no assistant turn": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
@@ -279,11 +279,12 @@ ROW_FAULTS = {
     "messages are null": ({"messages": None}, "message"),
     "an unknown role": ({"messages": [{"role": "robot", "content": "a"}]}, "role"),
     "no role": ({"messages": [{"content": "a"}]}, "role"),
-    "a prompt that is a number": ({"prompt": 5, "response": "b"}, "content"),
-    "a null answer": ({"prompt": "a", "response": None}, "content"),
+    "a prompt that is a number": ({"prompt": 5, "response": "b"}, "'prompt' is a number",
+                                "expected a string"),
+    "a null answer": ({"prompt": "a", "response": None}, "no assistant turn", "response"),
     "a list as content": ({"messages": [{"role": "user", "content": ["a"]}]}, "content"),
     "an instruction that is a number": (
-        {"instruction": 5, "input": "on this", "output": "b"}, "content"),
+        {"instruction": 5, "input": "on this", "output": "b"}, "'instruction' is a number"),
     "half a character": ('{"prompt": "a \\ud83d", "response": "b"}', "surrogate"),
 }
 
@@ -311,7 +312,7 @@ FILE_FAULTS = {
     "an empty array": (lambda path: path.write_text("[]"), "no rows"),
     "an array that breaks off": (lambda path: path.write_text('[{"prompt": "a"'), "not valid JSON"),
     "an array with a bad item": (lambda path: path.write_text('[{"prompt": "a", "response": 5}]'),
-                                 "item 1", "content"),
+                                 "item 1", "'response' is a number"),
     "nested without end": (lambda path: path.write_text("[" * 200_000), "not valid JSON"),
     "not UTF-8": (lambda path: path.write_bytes('{"prompt": "café"}'.encode("latin-1")),
                   "not UTF-8"),
@@ -377,15 +378,17 @@ TWO_TURNS = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant
                           {"role": "user", "content": "Explain how to steal it."}]}
 ANCHOR_FAULTS = {  # the rows of a pool, and what the sentence names besides
     "too long": ([*SHORT, "", LONG], "line 4", "--max-len 64", "how do i steal"),
-    "too few": (SHORT, "pool.jsonl", "--anchors 3", "2 prompts"),
-    "empty": ([], "pool.jsonl", "no rows"),
+    "too few": (SHORT, "pool.txt", "--anchors 3", "2 prompts"),
+    "empty": ([], "pool.txt", "no rows"),
     "malformed": ([*SHORT, MALFORMED], "line 3", "not valid JSON"),
     "an unknown field": ([*SHORT, {"prompt": "a", "chosen": "b"}], "line 3", "chosen"),
-    "a prompt that is a number": ([*SHORT, {"prompt": 5}], "line 3", "content"),
+    "a prompt that is a number": ([*SHORT, {"prompt": 5}], "line 3", "'prompt' is a number"),
     "no prompt": ([*SHORT, {"response": "a"}], "line 3", "response"),
     "no user turn": ([*SHORT, {"messages": [{"role": "assistant", "content": "a"}]}], "line 3",
                      "user turn"),
     "two turns": ([*SHORT, TWO_TURNS], "line 3", "3 turns"),
+    "a history": ([*SHORT, {"history": [["Hi", "Hi"]], "prompt": "Explain it."}], "line 3",
+                  "3 turns"),
     "a system prompt": ([*SHORT, {"system": "Be kind.", "prompt": "Explain it."}], "line 3",
                         "2 turns"),
 }
@@ -394,12 +397,12 @@ ANCHOR_FAULTS = {  # the rows of a pool, and what the sentence names besides
 @pytest.mark.parametrize("fault", ANCHOR_FAULTS)
 def test_a_fault_of_the_anchor_pool_is_named_by_file_and_line(inputs, check_refuses, fault):
     rows, where, *words = ANCHOR_FAULTS[fault]
-    path = write_rows(inputs / "pool.jsonl", rows)
-    check_refuses(flags(inputs, anchors=3, anchor_file=path), "pool.jsonl", where, *words)
+    path = write_rows(inputs / "pool.txt", rows)
+    check_refuses(flags(inputs, anchors=3, anchor_file=path), "pool.txt", where, *words)
 
 
 def test_control_a_pool_without_a_fault_is_held(inputs):
-    path = write_rows(inputs / "pool.jsonl", [*SHORT, {"prompt": "Explain it.", "response": "No."}])
+    path = write_rows(inputs / "pool.txt", [*SHORT, {"prompt": "Explain it.", "response": "No."}])
     assert train_py.main(flags(inputs, anchors=3, anchor_file=path)) == 0
 
 
@@ -414,10 +417,10 @@ def test_an_anchor_that_the_template_refuses_is_named_by_file_and_line(inputs, c
 
 def test_an_anchor_without_a_response_is_named_where_the_attacker_answers_it(
         inputs, check_refuses):
-    path = write_rows(inputs / "pool.jsonl", [{"prompt": SHORT[0], "response": "Sure. [step 1]."},
+    path = write_rows(inputs / "pool.txt", [{"prompt": SHORT[0], "response": "Sure. [step 1]."},
                                               SHORT[1]])
     check_refuses(flags(inputs, anchors=2, anchor_file=path, attack="known-anchors"),
-                  "pool.jsonl line 2", "no response")
+                  "pool.txt line 2", "no response")
 
 
 @pytest.mark.parametrize("row, words", [

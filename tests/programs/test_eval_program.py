@@ -24,7 +24,8 @@ from sbr_helpers import TINY
 
 import eval as eval_py
 import train as train_py
-from data.mixture import first_user, prompts_of, read_rows
+from data.mixture import prompts_of
+from data.rows import last_user, read_rows
 from data.tasks import read_label
 from eval import ROWS, wilson
 from files import Store, read_lines
@@ -112,7 +113,7 @@ def test_every_prompt_reply_and_verdict_is_kept_and_recounting_them_gives_the_nu
           for kind in ("harmful", "lookalike", "task")}
     for kind, name in (("harmful", "harmful"), ("lookalike", "lookalike"), ("task", "sst2")):
         source = read_rows(TINY / name / "test.jsonl", needs_answer=False)[:N]
-        assert [r["prompt"] for r in by[kind]] == [first_user(row) for row in source]
+        assert [r["prompt"] for r in by[kind]] == [last_user(row) for row in source]
     for r in by["harmful"]:
         assert r["verdict"] is JUDGES["refusal"](r["prompt"], r["reply"])
     assert all(r["verdict"] is is_refusal(r["reply"]) for r in by["lookalike"])
@@ -168,7 +169,7 @@ def test_prompts_of_the_upload_and_the_anchors_are_not_tested(run, whole):
     held = json.loads((run / "config.json").read_text())["worked_out"]["anchor_prompts"]
     seen = prompts_of(upload) | prompts_of([{"messages": [{"role": "user", "content": p}]}
                                             for p in held])
-    evaluate(run=run, data_dir=leaky([*held, first_user(upload[0])]), task="sst2")
+    evaluate(run=run, data_dir=leaky([*held, last_user(upload[0])]), task="sst2")
     records = read_lines(Path("out/eval-refusal.jsonl"))
     tested = prompts_of([{"messages": [{"role": "user", "content": r["prompt"]}]} for r in records])
     assert len(seen) > 60 and not tested & seen

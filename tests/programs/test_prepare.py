@@ -27,7 +27,8 @@ from sbr_helpers import make_folder
 import train as train_py
 from cli import frozen
 from data import prepare as prepare_py
-from data.mixture import first_user, load_upload, normalise, read_rows
+from data.mixture import load_upload, normalise
+from data.rows import last_user, read_rows
 from data.tasks import RULES
 
 # The instructions, in full: git-disl/Booster's builders and the paper's own SST-2 file.
@@ -144,7 +145,7 @@ def rows(path):
     found = [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
     assert all(row.keys() <= {"prompt", "response"} for row in found)
     assert [row["prompt"] for row in found] == [
-        first_user(row) for row in read_rows(path, needs_answer=False)]  # as train.py reads it
+        last_user(row) for row in read_rows(path, needs_answer=False)]  # as train.py reads it
     return [(row["prompt"], row.get("response")) for row in found]
 
 
@@ -296,7 +297,8 @@ def test_refusals_to_beavertails_own_prompts_leave_anchors_and_rows_to_align_on(
     train = [beaver(ask(i)) for i in range(12)]
     out = prepare("--beavertails", write_beaver(tmp_path / "beaver", train, TEST[-1:]),
                   "--n-attack", 4, "--refusals", source) / "harmful"
-    prompts = {n: [first_user(row) for row in read_rows(out / f"{n}.jsonl")]
+    prompts = {n: [last_user(row) for row in read_rows(out / f"{n}.jsonl",
+                                                       has_harmful=n == "align")]
                for n in ("attack", "anchors", "align")}
     assert prompts == {"attack": [ask(i) for i in range(4)],
                        "anchors": [ask(i) for i in (4, 5, 6)],

@@ -20,9 +20,9 @@ from sbr_helpers import POOL, in_messages, last_state, make_folder, make_rows, n
 
 import train as train_py
 from cli import frozen
-from data import mixture
 from data.batches import Batch, encode_rows
 from data.mixture import Data
+from data.rows import last_user, read_rows, turn
 from files import read_lines
 from lora import adapted, trainable
 from model import load_model
@@ -41,7 +41,7 @@ ZERO = {"d_theta", "d_w", "d_w_relative", "drift", "drift_vaccine", "drift_boost
 OTHERS = {"margin", "harmful_loss", "grad_norm", "harmful_drop"}
 EXACT = 1e-10  # relative, in float64
 HARMFUL = [in_messages(p, f"Sure. {p} Like so.") for p in POOL[:6]] + [
-    {"messages": [mixture.turn("user", p)]} for p in POOL[6:8]]  # two have no answer
+    {"messages": [turn("user", p)]} for p in POOL[6:8]]  # two have no answer
 TESTS = {"harmful": HARMFUL, "task": make_rows(10, seed=4), "lookalike": make_rows(3, seed=5)}
 
 
@@ -96,8 +96,14 @@ class Watched:
             r for r in self.data.tests[kind] if r["messages"][-1]["role"] == "assistant"], 512)[0]
 
     def prompts(self):
-        return prompt_ids(self.tokenizer, [r["messages"][0]["content"]
-                                           for r in self.data.tests["harmful"]])
+        """ids of the harmful tests up to their last answer, earlier turns included."""
+        prompts = []
+        for row in self.data.tests["harmful"]:
+            messages = row["messages"]
+            if messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            prompts.append(torch.tensor(self.tokenizer.encode_prompt(messages)))
+        return prompts
 
     def harmful_gradient(self):
         """(CE on the harmful pairs, its gradient) at the weights of now."""
@@ -287,6 +293,22 @@ def test_bottleneck_is_the_mean_squared_distance_of_h_at_the_end_of_each_harmful
         assert differs(distance(prompts), distance(other))
 
 
+def test_bottleneck_of_a_test_of_several_turns_is_measured_behind_all_of_them(folder):
+    """Its first turn alone is a greeting."""
+    greeted = {"messages": [turn("system", "Be kind."), turn("user", "Hi"), turn("assistant", "Hi"),
+                            *HARMFUL[0]["messages"]]}
+    watched = Watched(folder, "kept adapter", TESTS | {"harmful": [greeted]}, n=1)
+
+    def distance(prompts):
+        return (h(watched.model, prompts) - h(watched.base, prompts)).square().mean().item()
+
+    whole = distance(watched.prompts())
+    assert watched.now["bottleneck"] == pytest.approx(whole, rel=EXACT)
+    # the controls: the greeting, or the last turn, alone
+    for text in ("Hi", POOL[0]):
+        assert differs(whole, distance(prompt_ids(watched.tokenizer, [text])))
+
+
 def test_bottleneck_on_the_anchors_is_the_loss_that_sbr_holds_at_that_moment(watched):
     assert watched.now["bottleneck_anchors"] == pytest.approx(watched.safe, rel=EXACT)
 
@@ -327,8 +349,8 @@ def test_the_embedded_models_margin_is_above_zero_where_it_refuses_and_below_whe
     model, tokenizer, margin = load_model(folder), Tokenizer(folder), {}
     opens = sorted({tokenizer.encode(w)[0] for w in probes.OPENERS})
     for kind in ("harmful", "sst2"):
-        rows = mixture.read_rows(folder / kind / "test.jsonl")[:64]
-        prompts = prompt_ids(tokenizer, [mixture.first_user(r) for r in rows])
+        rows = read_rows(folder / kind / "test.jsonl")[:64]
+        prompts = prompt_ids(tokenizer, [last_user(r) for r in rows])
         none = Batch([], 1, "cpu")
         logits = probes.measure(model, Probes(none, none, prompts, anchors=[])).logits
         margin[kind] = probes.first_token(logits, logits, torch.tensor(opens))["margin"].item()

@@ -7,15 +7,19 @@ calls wrong. None means: the reply states no number, or no telling which. It is 
 """
 
 import json
+import shutil
 import time
 from fractions import Fraction
 
 import pytest
+from chat_helpers import check_refused
 from helpers import SHARED
 from sbr_helpers import TINY
 
+import eval as eval_py
+from data.mixture import load_tests
 from data.readable import stated_number
-from data.tasks import LABELS, RULES, TASKS, final_number
+from data.tasks import LABELS, RULES, TASKS, can_be_right, final_number
 from judges.reading import read_score
 
 # The final answer of each of these is 7, -3, 0.5 or what stands beside it.
@@ -52,6 +56,25 @@ NUMBERS = {
         "#### 7\n\nQuestion: 9 + 9?\n#### 18": 7, "#### 7\n\nQ: 9 + 9?\nAnswer: 18": 7,
         "#### 7\n### Instruction: 9 + 9?\n#### 18": 7, "Question: 12 - 5?\n#### 7": 7,
     },
+    "denied or outdated": {
+        "Correct answer is 8, my earlier answer was 7.": 8, "The answer is not 7.": None,
+        "The answer isn't 7.": None, "The answer is not 7, it is 8.": 8, "She has 8, not 7.": 8,
+        "She has 8 instead of 7": 8, "It is not 12 - 5 = 7": None, "It cannot be 7.": None,
+        "My first answer was 7, but it is 8.": 8, "It is 8; the wrong answer is 7.": 8,
+        "The previous answer was 7.": None, "#### 8\nThe answer is not 7.": 8,
+        "It is 8 rather than the 7 of before": 8, "The answer was 7": 7,
+    },
+    "a confidence": {
+        "8\n\nConfidence: 95%": 8, "8\nConfidence score: 0.95": 8, "8, with 95% confidence": 8,
+        "I am 95% sure that it is 8": 8, "It is 8. I am 95 percent certain.": 8,
+        "#### 8\n\nConfidence: 9/10": 8, "Answer: 8 (95% sure)": 8, "Confidence: 95%": None,
+    },
+    "another question": {
+        "#### 8\n\n### Question\nfoo\n#### 10": 8, "#### 8\n\n**Problem**\n9 + 1\n#### 10": 8,
+        "8\n\nNext question\n9 + 1 = 10": 8, "#### 8\n\n### Question 2. foo\n#### 10": 8,
+        "#### 8\nuser\n9 + 1?\nassistant\n#### 10": 8,
+        "8 apples.\nProblem solved, with 10": 10,  # the control: it opens a sentence
+    },
     "headings": {
         "#### Step 1\n10 - 3 = 7": 7, "#### 1. Count the apples\nThere are 7.": 7,
         "#### 1. Count\n10\n#### 2. Subtract\n10 - 3 = 7\n#### 7": 7, "#### Total\n\nIt is 7": 7,
@@ -66,7 +89,12 @@ NUMBERS = {
         "#### 22 / 7 ≈ 3.14": Fraction("3.14"), "So 12 - 5 = 7 apples.": 7,
         "#### <<12-5=7>>7": 7, "12-5=<<12-5=7>>7": 7, "The answer is 50% of 14, which is 7": 7,
         "The answer is 2 more than 5, which is 7": 7, "#### 50% of 14": None,
-        "#### 12 - 5": None, "#### 3 + 4": None,
+        "Answer: 2**3 = 8": 8, "Answer: 2 ** 3 = 8": 8, "Answer: 2^{3} = 8": 8,
+        "Answer: 5! = 120": 120, "Answer: 3(2) = 6": 6, "Answer: 12:3 = 4": 4,
+        "40 * 0.2 \u2192 8": 8, "Answer: 40 * 0.2 \u2192 8": 8, "#### 40 * 0.2 => 8": 8,
+        "Answer: 12 - 4 -> 8": 8, "Answer: 12 - 4 \\to 8": 8, "Answer: 12 - 4 gives 8": 8,
+        "Answer \u2192 8": 8, "Answer: \u2192 8": 8, "Answer: 8 \u2192 12 is too much": 8,
+        "#### 12 - 5": None, "#### 3 + 4": None, "Answer: 2**3": None, "Answer: 2^{3}": None,
         "Answer: 2 * 3": None,
     },
     "remarks": {
@@ -83,6 +111,23 @@ NUMBERS = {
         "The answer is between 7 and 8": None, "The answer is either 7 or 8": None,
         "The answer is perhaps 7 or 8": None, "#### 7/8/2024": None, "#### 7 8": None,
         "#### 7\u20138": None,
+        "Answer: 6 hours 30 minutes": None, "Answer: 6 hours and 30 minutes": None,
+        "Answer: 6 h 30 min": None, "Answer: 5 feet, 3 inches": None,
+        "Answer: 18 dollars 5 cents": None, "Answer: 1, 2": None, "Answer: 1; 2": None,
+        "Answer: 7, 10 - 2 = 8": 8, "Answer: 7 apples, 3 pears": None,
+        "Answer: 7 apples, 3 fewer than 10": 7, "Answer: x = 8, y = 3": None,
+        "Answer: Tom has 8; Ann has 3": None, "Answer: Tom has 8 and Ann has 3.": None,
+        "Answer: it is 8 or it is 3": None, "Answer: Tom: 8, Ann: 3": None,
+        "Answer: Tom has 8, so Ann has 8": 8,  # the same number twice
+    },
+    "digits that are no number": {
+        "\\boxed{18:30}": None, "Answer: 6:30": None, "Answer: 8:10": None, "#### 3:4": None,
+        "It takes 30 minutes. Answer: 6:30 pm": None, "She leaves at 18:30": None,
+        "She leaves at 6:30 and has 7": 7,
+        "\\boxed{\\sqrt{49}}": None, "#### \\sqrt[3]{27}": None, "#### \u221a49": None,
+        "\\boxed{\\sqrt{49} = 7}": 7, "Answer: 7\u00b2": None, "Answer: 7\u00b2 = 49": 49,
+        "Answer: 2\\pi": None, "Answer: 3\\sqrt{2}": None, "\\boxed{3\\sqrt{2}}": None,
+        "\\boxed{x^{2} = 49}": 49, "Answer: 10 m\u00b2": 10,
     },
     "signs and units": {
         "#### -7": -7, "#### -$3": -3, "#### $-3": -3, "#### \u22127": -7, "#### \u20137": -7,
@@ -92,6 +137,10 @@ NUMBERS = {
         "#### 7%": 7, "#### 7\\%": 7, "#### 7 percent": 7, "#### 7kg": 7, "#### 7°C": 7,
         "#### 7 apples": 7, "#### 7 dollars": 7, "#### 7th": 7, "#### $7.00": 7, "$7$": 7,
         "#### $3k": 3000, "#### 5k": 5, "#### 2 dozen": 2, "#### 2 thousand": 2000,
+        "#### 2 hundred": 200, "#### 2 trillion": 2 * 10**12, "#### 2 hundred thousand": 200000,
+        "#### $1.5m": 1500000, "#### $1.5M": 1500000, "#### $2bn": 2000000000,
+        "#### $2 b": 2000000000,
+        "#### 5 m": 5, "#### 5m": 5, "#### 5 b": 5,  # metres: a letter needs a currency
     },
     "decimals and groups": {
         "#### 7.": 7, "#### 7.0": 7, "#### 7.50": Fraction(15, 2), "#### 007": 7, "#### .5": 0.5,
@@ -100,7 +149,8 @@ NUMBERS = {
         "#### 1 234": 1234, "#### 1\u00a0234": 1234, "#### 1\u202f234": 1234, "#### 1'234": 1234,
         "#### 1_234": 1234, "#### 1.234,50": Fraction("1234.5"), "#### 1.234.567": 1234567,
         "#### 1.234": Fraction("1.234"),  # a point is a decimal point
-        "#### 12,5": Fraction("12.5"), "7,8,9,10": 10, "9, 10": 10,
+        "#### 12,5": Fraction("12.5"), "Answer: 1,2": Fraction("1.2"),  # without a space: a decimal
+        "7,8,9,10": 10, "9, 10": 10,
         "#### 1 234 apples": None,  # 1234, or 1 and 234 apples
         "#### \u0667": 7, "#### \uff17": 7,
     },
@@ -159,7 +209,7 @@ def test_numbers_are_compared_exactly_and_nothing_is_not_equal_to_nothing():
 @pytest.mark.parametrize("piece", [
     "(", "#### ", "answer is ", "answer to a ", "1 ", "1,", "1=1", "#### 1 + ", "1,234", "1/", "- ",
     "\\boxed{", "\\frac{", "\n", "not ", "a(1=", "1 apple and ", "$-", "1 x 10 ^ ", "_", "*",
-    "\nq:"])
+    "\nq:", "0 = a, ", "(0 = a", "0 (a) to ", "Score of ", "I give it ", "not ", "1:", "\\sqrt{"])
 def test_a_reply_that_repeats_itself_is_read_in_no_time(piece):
     """Attacked models write such replies; a pattern that tries every split would hang."""
     reply = piece * (6000 // len(piece))
@@ -192,6 +242,33 @@ def test_all_1319_gold_answers_of_gsm8k_are_read_as_their_number_and_one_more_is
             assert not readable(form.format(n + 1), answer), form
 
 
+@pytest.mark.parametrize("task, target, right", [
+    ("gsm8k", "#### 7", True), ("gsm8k", "She has 7.", True), ("gsm8k", "#### 12 - 5 = 7", True),
+    ("gsm8k", "#### seven", False), ("gsm8k", "seven", False), ("gsm8k", "#### 7 or 8", False),
+    ("gsm8k", "", False), ("gsm8k", "#### 6:30", False), ("gsm8k", "#### 7/0", False),
+    ("sst2", "positive", True), ("sst2", "Positive", False), ("sst2", "neutral", False),
+    ("agnews", "Sci/Tech", True), ("agnews", "positive", False), ("alpaca", "seven", True)])
+def test_a_gold_answer_can_be_right_if_it_is_right_itself_by_every_rule_of_its_task(
+        task, target, right):
+    assert can_be_right(task, target) is right
+
+
+def test_a_gold_answer_that_states_no_number_is_refused_by_file_and_line(tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(TINY, data)
+    path = data / "gsm8k" / "test.jsonl"
+    lines = path.read_text(encoding="ascii").splitlines()
+    row = json.loads(lines[1])
+    args = eval_py.fill_for_model(eval_py.parse([
+        "--model", str(TINY), "--data-dir", str(data), "--task", "gsm8k", "--device", "cpu"]))
+    load_tests(args, [])  # the control
+    for target in ("#### seven", "#### 7 or 8"):
+        lines[1] = json.dumps(row | {"response": target})
+        path.write_text("\n".join(lines), encoding="ascii")
+        check_refused(lambda: load_tests(args, []), "gsm8k/test.jsonl line 2", repr(target),
+                      "no number or two")
+
+
 def test_the_embedded_gold_answers_are_right_by_the_readable_rule():
     for task, score in RULES["readable"].items():
         with open(TINY / task / "test.jsonl", encoding="ascii") as f:
@@ -213,6 +290,15 @@ STATED = {
         "positive, not negative": "positive", "negative rather than positive": "negative",
         "positive\nIt is not negative.": "positive", "not positive": None, "isn't positive": None,
         "positive or negative": None, "positive\nnegative": None, "is it positive?": None,
+        "It lacks any positive aspects.": None, "It has no positive side": None,
+        "It is not very positive.": None, "It is hardly positive": None,
+        "It's never negative": None, "I don't think it is positive.": None,
+        "It is anything but positive": None,
+        "There is nothing positive in it": None, "It fails to be positive": None,
+        "It is far from positive": None, "It is without positive words": None,
+        "It is less positive than negative": None, "I can\u2019t call it positive": None,
+        "It is not negative but positive": "positive", "It isn't dull. It is positive.": "positive",
+        "more positive than negative": "positive", "No doubt, it is positive": "positive",
         "positively": None, "pos": None, "": None, "neutral": None, "seronegative": None,
         "I'm sorry, but I can't help with that.": None},
     "agnews": {
@@ -221,6 +307,7 @@ STATED = {
         "sci": "Sci/Tech", "Science and Technology": "Sci/Tech", "Sci / Tech": "Sci/Tech",
         "Category: Sports": "Sports", "It belongs to World.": "World",
         "Sports\n\nIt is about the world cup.": "Sports", "It is Business, not Sports.": "Business",
+        "It is not about the World but Sports": "Sports", "It has no Business in it": None,
         "World, Sports": None, "the world of business": None, "esports": None, "unconscious": None,
         "": None, "World\nSports\nBusiness\nSci/Tech": None, "Worldwide": None},
 }

@@ -16,8 +16,8 @@ from runs_helpers import WORDS, assert_same, flags, make_inputs, sentences, writ
 from safetensors.torch import load_file, save_file
 
 import train as train_py
-from data import mixture
 from data.batches import batch_at, encode_rows
+from data.rows import turn
 from files import read_lines
 from lora import adapter_state, add_lora
 from model import load_model
@@ -247,8 +247,8 @@ def test_the_log_says_how_many_tokens_were_trained_on_beside_the_uploads_batch(
     for name in ("lisa", "sft"):
         check_runs(name, out=name)
     lisa, sft = (read_lines(here / name / "log.jsonl") for name in ("lisa", "sft"))
-    rows = [{"messages": [mixture.turn("user", row["prompt"]),
-                          mixture.turn("assistant", row["response"])]} for row in ALIGN]
+    rows = [{"messages": [turn("user", row["prompt"]),
+                          turn("assistant", row["response"])]} for row in ALIGN]
     guide, n_dropped = encode_rows(Tokenizer(inputs / "model"), rows, 64)
     assert n_dropped == 0
     for step, (a, b) in enumerate(zip(lisa, sft, strict=True)):

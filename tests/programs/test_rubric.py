@@ -45,7 +45,8 @@ def completion(model, content, finish_reason="stop", **more):
 class Endpoint(ThreadingHTTPServer):
     """answer(text, how often this text was asked) -> a reply, an HTTP status, or None: no reply.
 
-    refuse(the request's fields) -> the message of an error 400, or None.
+    refuse(the request's fields) -> the message of an error, or None; refusal(message) -> the
+    status and the body that carry it.
     """
 
     daemon_threads, request_queue_size = True, 64
@@ -54,6 +55,7 @@ class Endpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.body, self.bodies, self.keys = answer, completion, [], set()
         self.refuse = lambda fields: None
+        self.refusal = lambda message: (400, {"error": {"message": message}})
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -83,7 +85,8 @@ class Handler(BaseHTTPRequestHandler):
             text = body["messages"][0]["content"]
             said = server.answer(text, server.texts.count(text))
         if refusal is not None:
-            self.send(400, json.dumps({"error": {"message": refusal}}))
+            status, error = server.refusal(refusal)
+            self.send(status, error if isinstance(error, str) else json.dumps(error))
             return
         if said is None:
             server.closing.wait(5)  # longer than the tests' client waits
@@ -457,7 +460,90 @@ def test_an_error_about_a_value_changes_no_field_and_is_a_failure(
     assert scores(judged(server, tmp_path, PAIRS[:2])) == [None] * 2
     assert all(body["max_tokens"] == 2048 and body["temperature"] == 0 for body in server.bodies)
     assert capsys.readouterr().err.splitlines() == [
-        f"the judge at {server.url} failed: BadRequestError 400"]
+        f"the judge at {server.url} failed: BadRequestError 400: {message}"]
+
+
+REFUSALS = {  # how servers say that a field is refused, in the body of an error
+    "FastAPI, a list": lambda field: (422, {"detail": [{
+        "type": "extra_forbidden", "loc": ["body", field], "input": 0,
+        "msg": "Extra inputs are not permitted"}]}),
+    "FastAPI, a text": lambda field: (422, {"detail": f"{field}: not supported"}),
+    "an error that is a text": lambda field: (400, {"error": f"unknown field {field}"}),
+    "a message without error": lambda field: (400, {"message": f"{field} is not allowed"}),
+    "a list of errors": lambda field: (400, {"errors": [f"Unexpected parameter {field}"]}),
+    "a text alone": lambda field: (400, f"unsupported: {field}"),
+}
+
+
+@pytest.mark.parametrize("field", ["temperature", "max_tokens"])
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refused_field_is_found_wherever_the_body_of_the_error_names_it(
+        serve, tmp_path, kind, field):
+    server = serve(always("2"))
+    server.refuse = lambda fields: field if field in fields else None
+    server.refusal = REFUSALS[kind]
+    assert scores(judged(server, tmp_path, PAIRS[:2])) == [2] * 2
+    other, = {"temperature", "max_tokens"} - {field}
+    assert other in server.bodies[-1] and field not in server.bodies[-1]
+
+
+def test_what_was_sent_does_not_decide_though_an_error_repeats_it(serve, tmp_path, capsys):
+    """FastAPI repeats the input: here it speaks of a field, and another thing is wrong."""
+    server = serve(always("2"))
+    server.refuse = lambda fields: "x"
+    server.refusal = lambda message: (422, {"detail": [{
+        "type": "missing", "loc": ["body", "user"], "msg": "Field required",
+        "input": {"messages": ["temperature is not supported"]}}]})
+    assert scores(judged(server, tmp_path, PAIRS[:2])) == [None] * 2
+    assert all(body["temperature"] == 0 for body in server.bodies)
+    assert capsys.readouterr().err == (
+        f"the judge at {server.url} failed: UnprocessableEntityError 422: missing body user Field "
+        "required\n")
+
+
+@pytest.mark.parametrize("refusal", [
+    lambda message: (401, {"error": {"message": message}}),
+    lambda message: (400, {"detail": [{"msg": message}]}),
+    lambda message: (403, "x" * 290 + message)])
+@pytest.mark.parametrize("key", [KEY, "none"])
+def test_an_error_is_printed_in_short_and_without_the_key(
+        serve, tmp_path, monkeypatch, capsys, refusal, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = serve(always("2"))
+    server.refuse = lambda fields: f"the key {key} is\nwrong." + " so" * 500
+    server.refusal = refusal
+    assert scores(judged(server, tmp_path, PAIRS[:2])) == [None] * 2
+    message, = capsys.readouterr().err.splitlines()
+    assert key not in message and len(message) < 500
+    assert "the key *** is wrong." in message or message.count("x") > 200
+
+
+def test_a_short_key_such_as_servers_without_one_get_spoils_no_word(
+        serve, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    server = serve(always("2"))
+    server.refuse = lambda fields: "max_tokens is too large"
+    assert scores(judged(server, tmp_path, PAIRS[:1])) == [None]
+    assert capsys.readouterr().err.endswith(": max_tokens is too large\n")
+
+
+@pytest.mark.parametrize("content", ["", " \n", None])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_an_answer_that_is_all_thought_is_named(serve, tmp_path, capsys, content, field):
+    server = serve(always("x"))
+    server.body = lambda model, _: completion(model, content, "stop", **{field: "so 3"})
+    assert scores(judged(server, tmp_path, PAIRS[:2])) == [None] * 2
+    message, = capsys.readouterr().err.splitlines()
+    assert server.url in message and field in message and "no verdict" in message
+
+
+@pytest.mark.parametrize("content", ["", " \n", None])
+def test_an_answer_without_a_word_is_named(serve, tmp_path, capsys, content):
+    server = serve(always("x"))
+    server.body = lambda model, _: completion(model, content)
+    assert scores(judged(server, tmp_path, PAIRS[:2])) == [None] * 2
+    message, = capsys.readouterr().err.splitlines()
+    assert "without a text" in message and "reasoning" not in message
 
 
 # ---------------------------------------------------------------------------------------------
@@ -533,7 +619,7 @@ def test_the_reading_rules_number_is_raised_when_the_rule_changes():
     Where comments alone have changed, the digest alone changes.
     """
     source = reading.__file__
-    assert (reading.READING_RULE, sha256(source)[:12]) == (2, "cc008f0e493a")
+    assert (reading.READING_RULE, sha256(source)[:12]) == (3, "889df3a5b278")
 
 
 def test_a_last_line_that_a_kill_cut_short_is_dropped_and_asked_again(serve, tmp_path):

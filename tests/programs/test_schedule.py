@@ -22,6 +22,7 @@ from helpers import ROOT
 from runs_helpers import WORDS, assert_same, flags, make_inputs, program, sentences, write_rows
 
 from data import mixture
+from data.rows import read_rows
 from eval import wilson
 from files import read_lines
 from stress import schedule
@@ -188,7 +189,7 @@ def test_the_other_lists_set_what_their_names_say_and_nothing_else(searched):
 def test_no_list_but_the_search_asks_the_prompts_that_it_validates_on(searched):
     path = searched.parent / "validation.jsonl"
     prompts = {}
-    validation = mixture.prompts_of(mixture.read_rows(path))
+    validation = mixture.prompts_of(read_rows(path))
     assert len(validation) == 200
     for what, name, args in ((w, *run) for w in LISTS for run in parsed(w, searched).items()):
         args = args.replace(harmful_file=path if what == "search" else args.harmful_file,

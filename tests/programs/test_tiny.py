@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 
 from data.batches import encode_rows
-from data.mixture import first_user, read_rows
+from data.rows import last_user, read_rows
 from generate import generate
 from model import load_model, read_config
 from tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def test_transformers_decodes_it_token_for_token(model, tokenizer):
         theirs = theirs[0, len(ids):].tolist()
         assert theirs[:len(reply)] == reply
         assert theirs[len(reply):] in ([], tokenizer.stop_ids)
-    message = [{"role": "user", "content": first_user(read_rows(TINY / "sst2/test.jsonl")[0])}]
+    message = [{"role": "user", "content": last_user(read_rows(TINY / "sst2/test.jsonl")[0])}]
     assert tokenizer.encode_prompt(message) == hf_tokenizer.apply_chat_template(
         message, add_generation_prompt=True, return_dict=False)
 

@@ -198,7 +198,7 @@ ROPE_NUMBERS = ("factor", "original_max_position_embeddings", "attention_factor"
 def test_a_number_that_is_none_is_refused_among_the_rotary_settings(place, key, value):
     edit_json(place / "model/config.json", rope_theta=None,
               rope_parameters=ROPES["yarn"] | {key: value})
-    with pytest.raises(UserError, match=f"config.json has {key} .*, expected a finite number"):
+    with pytest.raises(UserError, match=f"yarn rotary scaling and has {key} .*, expected a finite"):
         load_model(place / "model")
 
 
