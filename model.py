@@ -526,8 +526,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, causal, written out; q (B, H, T, D), k and v (B, KV, T, D).
 
-    It holds all scores (B, H, T, T) at once. For short sequences that is little, and a CPU is faster
-    so than by PyTorch's kernel, which works through each head by blocks (docs/performance.md). In
+    It holds all scores (B, H, T, T) at once. For short sequences that is little, and faster on a
+    CPU than PyTorch's kernel, which works through each head by blocks (docs/performance.md). In
     half precision the scores would be rounded, which the kernel avoids.
     """
     B, H, T, D = q.shape
