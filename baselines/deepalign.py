@@ -161,7 +161,8 @@ def make_augmented_step(model, tokenizer, args, data):
         rows += benign.at(batch.step).examples
         both = Batch(rows, args.tokens_per_pass, model.device, batch.name, batch.step)
         ce = backward(model, both)
-        return {"loss": ce, "ce": ce, "trained_tokens": both.n_tokens}
+        return {"loss": ce, "ce": ce, "trained_tokens": both.n_tokens,
+                "trained_rows": both.n_rows}
 
     return step
 

@@ -220,6 +220,19 @@ def test_what_stands_behind_the_last_supervised_token_is_not_run_and_changes_not
     assert all(torch.equal(gradient[n], with_longer_tails[n]) for n in gradient)
 
 
+@pytest.mark.parametrize("name", ["sbr", "lisa", "deepalign, align"])
+def test_the_rows_that_were_run_are_logged_for_what_was_trained_on(make_rival, name):
+    """Lisa's first update is on the guide, the augmentation's on more rows than the batch has."""
+    rival = make_rival(name)
+    batch = rival.batch()
+    numbers = rival.step(batch)
+    rows = numbers.get("trained_rows", batch.n_rows)
+    tokens = numbers.get("trained_tokens", batch.n_tokens)
+    anchors = sum(map(len, prompt_ids(rival.tokenizer, rival.data.anchor_prompts)))
+    assert 0 < rows < tokens + anchors
+    assert ("trained_rows" in numbers) == ("trained_tokens" in numbers) == (name != "sbr")
+
+
 # ---------------------------------------------------------------------------------------------
 # what only looks
 
