@@ -194,7 +194,7 @@ def test_every_defences_gradient_is_the_unshared_one(make_rival, monkeypatch, na
         # EWC's gradient has the square of a gradient in it, and weighs it with 1e9
         bound = 1e-10 if name == "ewc" else TIGHT
         assert worst({n: gradient[n] for n in kept}, {n: plain[n] for n in kept}) <= bound
-        for key in expected:
+        for key in expected.keys() - {"trained_rows"}:
             assert float(numbers[key]) == pytest.approx(float(expected[key]), rel=1e-9, abs=1e-12)
 
 
