@@ -504,42 +504,45 @@ class Layout:
         return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
 
 
-SHORT = 64  # tokens of the longest sequence up to which scores are held at once
+SHORT = 64  # tokens of the longest sequence up to which short_attention is the faster one
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention inside each sequence; q (N, H, D), k and v (N, KV, D) -> (N, H, D)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return varlen_attention(q, k, v, layout)
-    # Padding is on the right and attention is causal, so no real token sees it: no mask is needed.
-    block = torch.cat((q, k, v), dim=1).index_select(0, layout.fill)  # (B * T, H + 2 KV, D)
-    block = block.unflatten(0, (layout.B, layout.T)).transpose(1, 2)  # (B, H + 2 KV, T, D)
-    q, k, v = block.split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
+    # Padding is on the right and attention is causal, so no real token sees it.
+    B_T = (layout.B, layout.T)
+    q = q.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, H, D)
+    k = k.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, KV, D)
+    v = v.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, KV, D)
     if layout.T <= SHORT and q.dtype in (torch.float32, torch.float64):
         out = short_attention(q, k, v)
     else:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    out = out.transpose(1, 2).flatten(0, 1)  # (B * T, H, D)
-    return out.index_select(0, layout.cell)  # (N, H, D)
+        out = out.transpose(1, 2)
+    return out.flatten(0, 1).index_select(0, layout.cell)  # (B, T, H, D) -> (N, H, D)
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, causal, written out; q (B, H, T, D), k and v (B, KV, T, D).
+    """softmax(q k^T / sqrt(D)) v, causal, written out; q (B, T, H, D), k and v (B, T, KV, D).
 
     It holds all scores (B, H, T, T) at once. For short sequences that is little, and faster on a
     CPU than PyTorch's kernel, which works through each head by blocks (docs/performance.md). In
     half precision the scores would be rounded, which the kernel avoids.
     """
-    B, H, T, D = q.shape
-    KV = k.shape[1]
-    # The heads that share a key head stand as its queries, one behind the other.
-    q = (q * D ** -0.5).reshape(B * KV, H // KV * T, D)
-    k = k.reshape(B * KV, T, D)
-    v = v.reshape(B * KV, T, D)
-    scores = (q @ k.transpose(1, 2)).view(B * KV, H // KV, T, T)
+    B, T, H, D = q.shape
+    KV = k.shape[2]
+    G = H // KV  # query heads that share a key head: together they are T * G queries to it
+    q = q.unflatten(2, (KV, G)).transpose(1, 2).reshape(B * KV, T * G, D)
+    k = k.transpose(1, 2).reshape(B * KV, T, D)
+    v = v.transpose(1, 2).reshape(B * KV, T, D)
     later = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    weights = (scores + later).softmax(-1).view(B * KV, H // KV * T, T)
-    return (weights @ v).view(B, H, T, D)
+    later = later.repeat_interleave(G, dim=0)  # (T * G, T), added to every sequence's scores
+    scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=D ** -0.5)
+    out = scores.softmax(-1) @ v
+    return out.view(B, KV, T, G, D).transpose(1, 2).reshape(B, T, H, D)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
