@@ -92,7 +92,8 @@ def is_template(value) -> bool:
 TOKEN = Kind("a text or an object with its content", is_token)
 TOKENS = Kind("a list of texts, or of objects with their content", are_tokens)
 TOKEN_LIST = Kind(TOKENS.words, lambda v: are_all(is_token, v))
-TOKENS_BY_NAME = Kind("an object of tokens by name", lambda v: isinstance(v, dict) and are_tokens(v))
+TOKENS_BY_NAME = Kind("an object of tokens by name",
+                      lambda v: isinstance(v, dict) and are_tokens(v))
 LIST = Kind("a list", lambda v: isinstance(v, list))
 # The keys of tokenizer_config.json and special_tokens_map.json that are read.
 CONFIG_KINDS = {
@@ -417,11 +418,10 @@ class JsonBackend:
                             "it to null.")
 
     def _refuse_normalized(self, normalizer: dict | None) -> None:
-        """UserError where a token is looked for in the normalised text and might be found elsewhere.
+        """UserError where a token may stand elsewhere in the normalised text than in the text.
 
-        It is there where it is in the text as it stands, if the normalizer leaves it as it is,
-        makes nothing else like it, and keeps the white space and the letters that its flags ask
-        about.
+        The two are the same if the normalizer leaves the token as it is, makes no other text like
+        it, and keeps the white space and the letters that its flags ask about.
         """
         if normalizer is None:
             return
@@ -501,7 +501,10 @@ def parts_of(normalizer: dict) -> list[dict]:
     """A normalizer's parts, in order: itself, or those of a Sequence."""
     if "normalizers" not in normalizer:
         return [normalizer]
-    return sum(map(parts_of, normalizer["normalizers"]), [])
+    parts = []
+    for inner in normalizer["normalizers"]:
+        parts += parts_of(inner)
+    return parts
 
 
 def leaves_alone(part: dict, content: str) -> bool:
