@@ -151,13 +151,16 @@ IDS = Kind("an id or a list of ids",
            lambda v: is_whole(v, 0) or are_all(lambda i: is_whole(i, 0), v))
 
 
-def check_kinds(path: Path, values: dict, kinds: dict[str, Kind]) -> None:
-    """UserError where a key holds another kind of value than it may; null is as good as no key."""
+def check_kinds(path: Path, values: dict, kinds: dict[str, Kind], where: str = "") -> None:
+    """UserError where a key holds another kind of value than it may; null is as good as no key.
+
+    where: in which part of the file the values stand, for the sentence: " in its ... settings".
+    """
     for key, kind in kinds.items():
         value = values.get(key)
         if value is not None and not kind.fits(value):
-            raise UserError(f"{path} has {key} {str(value)[:60]}, expected {kind.words}; correct "
-                            "it, or fetch the file again.")
+            raise UserError(f"{path} has {key} {str(value)[:60]}{where}, expected {kind.words}; "
+                            "correct it, or fetch the file again.")
 
 
 # The keys of config.json that are read, here and by the tokenizer.
@@ -268,7 +271,9 @@ def rope_of(path: Path, c: dict) -> dict:
     setting is given twice with two values: transformers 4 and 5 then read different ones.
     """
     for key in ("rope_parameters", "rope_scaling"):
-        check_kinds(path, c.get(key) or {}, ROPE_KINDS)
+        given = c.get(key) or {}
+        kind = given.get("rope_type") or given.get("type") or "default"
+        check_kinds(path, given, ROPE_KINDS, f" in its {kind} rotary settings")
     rope = one_spelling(c.get("rope_parameters"))
     older = one_spelling(c.get("rope_scaling"))
     if rope and older and rope != older:
@@ -347,6 +352,10 @@ def check_config(path: Path, c: dict, architecture: str) -> None:
         if c.get(key):
             raise UserError(f"{path} describes a quantised checkpoint in {key}; choose the "
                             "original one.")
+    if c.get("transformers_weights") not in (None, "", SINGLE):
+        raise UserError(f"{path} has transformers_weights {c['transformers_weights']}, which "
+                        f"transformers reads instead of {SINGLE}, expected none; name that file "
+                        f"{SINGLE} and delete the key.")
     key = "hidden_activation" if c.get("hidden_activation") else "hidden_act"
     act = c.get(key)
     accepted = [None, family.act]

@@ -126,6 +126,8 @@ NOT_READ = {
     "*.pth": A_PICKLE,
     "*.ckpt": A_PICKLE,
     "*.gguf": "a file of llama.cpp, expected PEFT's; fetch the adapter that it was made from",
+    "state.safetensors": "the checkpoint of a run whose adapter is missing; finish that run by "
+                         "train.py with its flags and --resume",
     "model*.safetensors": "the weights of a model, expected an adapter; name it by --model",
     "*.safetensors": "which PEFT would not read either; name it adapter_model.safetensors if PEFT "
                      "saved it",
