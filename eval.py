@@ -356,7 +356,7 @@ def report(dir) -> str:
                         f"python eval.py --run {dir} asks the judge again\n")
     different = differences(result["evals"].values())
     if different:
-        remarks += (f"these evaluations asked different {', '.join(different)}: so their columns "
+        remarks += (f"these evaluations asked different {', '.join(different)}: their columns "
                     "differ by more than the training\n")
     return (f"{samples(read_lines(dir / 'generations.jsonl'))}\n\n"
             f"{table(result['evals'])}\n"

@@ -194,7 +194,7 @@ def test_a_table_of_evaluations_by_different_flags_says_which(
     assert train_py.main(flags(inputs, resume=True, **changes)) == 0
     said = capsys.readouterr().out
     assert f"these evaluations asked different {words}: " in said
-    # The last line of the two that resuming writes; it stands there whenever the table is shown.
+    # And again where the finished run's table is only shown.
     assert train_py.main(flags(inputs, resume=True, **changes)) == 0
     assert f"these evaluations asked different {words}: " in capsys.readouterr().out
 
