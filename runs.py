@@ -187,7 +187,7 @@ def read_result(dir) -> dict:
         if not isinstance(numbers, dict) or "hs" not in numbers:
             raise UserError(f"{path} has no hs in evals at epoch {epoch}, expected the numbers of "
                             f"an evaluation; {what_to_do}.")
-        check_kinds(path, numbers, NUMBERS, f" in evals at epoch {epoch}")
+        check_kinds(f"{path}, of epoch {epoch},", numbers, NUMBERS)
     return result
 
 
