@@ -22,6 +22,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cli import (
@@ -88,7 +89,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
         rows += [(kind, row) for row in rows_of_a_kind]
     prompts = [mixture.prompt_ids(tokenizer, row) for _, row in rows]
     replies = generate_replies(model, tokenizer, prompts, args.max_new, args.cuda_graph,
-                            f"evaluating at epoch {epoch}", store)
+                               f"evaluating at epoch {epoch}", store)
     records = []
     for (kind, row), ids in zip(rows, replies, strict=True):
         reply = tokenizer.decode(ids)
@@ -112,7 +113,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
 
 
 def generate_replies(model, tokenizer, prompts, max_new: int, cuda_graph: bool, label: str,
-                  store: Store | None) -> list[list[int]]:
+                     store: Store | None) -> list[list[int]]:
     """Greedy replies as ids; with a store only those that it lacks, and each is kept at once."""
     if store is None:
         return generate(model, prompts, max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
@@ -168,8 +169,13 @@ def summarise(records: list[dict], args) -> dict:
         "over_refusal": column(lookalike, "verdict"),
     }
     numbers = {
-        # what decides the numbers below
-        "judge": args.judge, "fa_rule": args.fa_rule, "max_new": args.max_new,
+        # what decides the numbers below; judge_name is asked for at --judge-url
+        "judge": args.judge,
+        "judge_model": args.judge_model,
+        "judge_name": args.judge_name if args.judge_url else None,
+        "fa_rule": args.fa_rule,
+        "max_new": args.max_new,
+        "n_test": args.n_test,
         # what could not be said, and how the replies look
         "unjudged": len(harmful) - len(judged),
         "uncompared": len(uncompared),
@@ -201,7 +207,7 @@ def nothing_judged(numbers: dict) -> str | None:
     """What a judge was asked and could say of no reply at all; None: nothing is missing."""
     if numbers.get("unjudged") and numbers["hs"] is None:
         return f"none of the {numbers['unjudged']} harmful replies could be judged"
-    if numbers.get("uncompared") and numbers["win_rate"] is None:
+    if numbers.get("uncompared") and numbers.get("win_rate") is None:
         return f"none of the {numbers['uncompared']} answers could be compared"
     return None
 
@@ -257,6 +263,12 @@ ROWS = {
     "fa_readable": "FA by the readable rule", "win_rate": "win rate",
     "over_refusal": "over-refusal",
 }
+# What decides the numbers of an evaluation, and how a sentence calls it.
+DECIDING = {
+    "tests_sha256": "test files", "judge": "--judge", "judge_model": "--judge-model",
+    "judge_name": "--judge-name", "max_new": "--max-new", "fa_rule": "--fa-rule",
+    "n_test": "--n-test",
+}
 COUNTS = ("unjudged", "uncompared", "degenerate", "unfinished")
 
 
@@ -268,10 +280,11 @@ def table(evals: dict[str, dict]) -> str:
         if any_has(columns, name):
             lines.append(table_line(label, [rate_cell(numbers, name) for numbers in columns]))
     if any_has(columns, "rubric"):
-        cells = ["-" if score is None else f"{score:.2f}" for score in column(columns, "rubric")]
+        scores = [numbers.get("rubric") for numbers in columns]
+        cells = ["-" if score is None else f"{score:.2f}" for score in scores]
         lines.append(table_line("mean severity, 0 to 5", cells))
     for name in COUNTS:
-        counts = column(columns, name)
+        counts = [numbers.get(name) or 0 for numbers in columns]
         if any(counts):
             lines.append(table_line(f"{name} replies", counts))
     return "\n".join(lines)
@@ -287,11 +300,11 @@ def table_line(label: str, cells: list) -> str:
 
 
 def rate_cell(numbers: dict, name: str) -> str:
-    k, n = numbers.get(name + "_count", (0, 0))
+    k, n = numbers.get(name + "_count") or (0, 0)
     if n == 0:
         return "-"
     low, high = wilson(k, n)
-    return f"{numbers[name]:5.1f} ({low:.1f} to {high:.1f})"
+    return f"{100 * k / n:5.1f} ({low:.1f} to {high:.1f})"
 
 
 def samples(records: list[dict], n: int = 3) -> str:
@@ -316,6 +329,19 @@ def one_line(text: str, width: int = 90) -> str:
     return text if len(text) <= width else text[:width - 3] + "..."
 
 
+def differences(evals) -> list[str]:
+    """What decides the numbers and is not the same in all evaluations, in words."""
+    differing = []
+    for name, words in DECIDING.items():
+        # One of an older version lacks some, and of those nothing is known.
+        values = [numbers[name] for numbers in evals if name in numbers]
+        distinct = list(dict.fromkeys(map(str, values)))
+        if len(distinct) > 1:
+            shown = "" if name == "tests_sha256" else f" ({', then '.join(distinct)})"
+            differing.append(words + shown)
+    return differing
+
+
 def report(dir) -> str:
     """What a finished run ends with: replies before and after, rates, drift, speed, files."""
     dir = Path(dir)
@@ -329,9 +355,10 @@ def report(dir) -> str:
         if missing:
             remarks += (f"epoch {epoch}: {missing}; the adapter is not touched by it, and "
                         f"python eval.py --run {dir} asks the judge again\n")
-    digests = {numbers.get("tests_sha256") for numbers in result["evals"].values()}
-    if len(digests) > 1:
-        remarks += "these evaluations asked different test files\n"
+    different = differences(result["evals"].values())
+    if different:
+        remarks += (f"these evaluations asked different {', '.join(different)}: their columns "
+                    "differ by more than the training\n")
     return (f"{samples(read_lines(dir / 'generations.jsonl'))}\n\n"
             f"{table(result['evals'])}\n"
             f"{remarks}"
@@ -493,38 +520,45 @@ def load_named(args: Args, device, dtype) -> Subject:
 
 
 def execute(args: Args) -> None:
-    """Prints the table, and keeps every prompt, reply and verdict."""
+    """Evaluates --model, or a run."""
     if args.model:
         args = fill_for_model(args)
+        numbers = evaluate_subject(args, partial(load_named, args))
     else:
         dir = Path(args.run) if args.run else newest_finished_run()
         settings = read_settings(dir)
         args = fill_from_run(args, dir, settings)
+        numbers = evaluate_subject(args, partial(load_run, dir, settings))
+        if numbers["tests_sha256"] != settings["sha256"].get("tests"):
+            print("these test files are not those that the run itself asked at its end")
+    missing = nothing_judged(numbers)
+    if missing:
+        raise RunFailed(f"{missing} by --judge {args.judge}; what was written is kept in "
+                        f"{args.out}. See that the judge answers, and start again: it alone is "
+                        "asked.")
+
+
+def evaluate_subject(args: Args, load) -> dict:
+    """Loads what is evaluated and its tests, and asks it -> the numbers.
+
+    load(device, dtype) -> Subject. What can be wrong is found before the model is asked.
+    """
     check_rule(args.task, args.fa_rule)
     out = Path(args.out)
     names_in(out)  # a path that can be no folder is refused before the model is loaded
     device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
-    if args.model:
-        subject = load_named(args, device, dtype)
-    else:
-        subject = load_run(dir, settings, device, dtype)
+    subject = load(device, dtype)
     tests = mixture.load_tests(args, subject.seen)
     mixture.check_tests(subject.tokenizer, tests, args.max_new,
                         subject.model.config.max_positions)
     judge = open_judge(args, out)
     make_folder(out)
     with locked(out):
-        numbers = measure(subject, tests, judge, args, str(dtype), out)
-    if not args.model and numbers["tests_sha256"] != settings["sha256"].get("tests"):
-        print("these test files are not those that the run itself asked at its end")
-    missing = nothing_judged(numbers)
-    if missing:
-        raise RunFailed(f"{missing} by --judge {args.judge}; what was written is kept in {out}. "
-                        "See that the judge answers, and start again: it alone is asked.")
+        return measure(subject, tests, judge, args, str(dtype), out)
 
 
 def measure(subject: Subject, tests, judge: Judge, args: Args, dtype: str, out: Path) -> dict:
-    """Asks and judges, prints the table and writes eval-<judge>.json and .jsonl -> the numbers."""
+    """Asks and judges, prints the table and has everything written -> the numbers."""
     tests_sha256 = sha256(*mixture.files_by_kind(args.data_dir, args.harmful_file,
                                                  args.task).values())
     asked = {name: getattr(args, name) for name in ASKED}
@@ -543,13 +577,17 @@ def measure(subject: Subject, tests, judge: Judge, args: Args, dtype: str, out: 
         write_for_alpaca_eval(tasks, out)
     numbers |= {"tests_sha256": tests_sha256, "settings": settings}
     print(table({str(subject.epoch): numbers}))
-    name = f"eval-{args.judge}"
-    keep_other(out, name, settings)
+    write_evaluation(out, f"eval-{args.judge}", numbers, records)
+    return numbers
+
+
+def write_evaluation(out: Path, name: str, numbers: dict, records: list[dict]) -> None:
+    """Writes <name>.json and .jsonl, beside what an evaluation by other settings left there."""
+    keep_other(out, name, numbers["settings"])
     lines = "".join(json_line(record) for record in records)
     write_atomic(out / f"{name}.jsonl", lines.encode())
     write_atomic(out / f"{name}.json", json.dumps(numbers, indent=1).encode())
     print(f"every prompt, reply and verdict: {out / f'{name}.jsonl'}")
-    return numbers
 
 
 def keep_other(out: Path, name: str, settings: dict) -> None:

@@ -187,13 +187,7 @@ def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
     for name in config.get("modules_to_save") or ():
         trained.append(train_whole_module(model, name))
     params = adapter_params(model)
-    expected = {name: p.shape for name, p in params.items()}
-    found = {name: tensor.shape for name, tensor in state.items()}
-    names = expected.keys() | found.keys()
-    wrong = sorted(name for name in names if expected.get(name) != found.get(name))
-    if wrong:
-        raise UserError(f"{dir} does not fit the model: {len(wrong)} tensors are missing, surplus "
-                        f"or misshapen, first {wrong[0]}; name the model it was trained on.")
+    check_shapes(dir, params, state)
     for name, tensor in state.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{dir} holds {name} as {tensor.dtype}, expected floating-point "
@@ -205,6 +199,34 @@ def load_adapter(model: nn.Module, dir) -> list[nn.Parameter]:
         for name, p in params.items():
             p.copy_(state[name])
     return trained
+
+
+def check_shapes(dir, params: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
+    """UserError unless the files hold exactly the tensors that the model's adapters have."""
+    expected = {name: tuple(p.shape) for name, p in params.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    names = expected.keys() | found.keys()
+    wrong = sorted(name for name in names if expected.get(name) != found.get(name))
+    if not wrong:
+        return
+    first = wrong[0]
+    if first in expected and first in found:
+        rank_there = rank_of(first, found[first])
+        rank_here = rank_of(first, expected[first])
+        if rank_there and rank_there != rank_here:
+            raise UserError(f"{dir} holds {first} of rank {rank_there}, expected {rank_here} by r "
+                            "and rank_pattern of its adapter_config.json; take both files from one "
+                            "place.")
+    raise UserError(f"{dir} does not fit the model: {len(wrong)} tensors are missing, surplus or "
+                    f"misshapen; {first} is {found.get(first, 'missing')}, expected "
+                    f"{expected.get(first, 'none (surplus)')}; name the model it was trained on.")
+
+
+def rank_of(name: str, shape: tuple) -> int | None:
+    """The rank of which A (rank, in) or B (out, rank) has this shape; None of other tensors."""
+    if len(shape) != 2 or "lora_" not in name:
+        return None
+    return shape[0] if "lora_A" in name else shape[1]
 
 
 def add_described(model: nn.Module, config: dict, dir) -> None:

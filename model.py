@@ -353,6 +353,10 @@ def check_config(path: Path, c: dict, architecture: str) -> None:
         if c.get(key):
             raise UserError(f"{path} describes a quantised checkpoint in {key}; choose the "
                             "original one.")
+    if c.get("transformers_weights") not in (None, "", SINGLE):
+        raise UserError(f"{path} has transformers_weights {c['transformers_weights']}, which "
+                        f"transformers reads instead of {SINGLE}, expected none; name that file "
+                        f"{SINGLE} and delete the key.")
     key = "hidden_activation" if c.get("hidden_activation") else "hidden_act"
     act = c.get(key)
     accepted = [None, family.act]

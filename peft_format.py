@@ -113,6 +113,26 @@ TELLTALE = {
     "lm_head.weight": "as save_embedding_layers leaves it there",
 }
 
+ENDS = (".lora_A.weight", ".lora_B.weight")
+A_PICKLE = "a pickle, which is not opened here; load it in PEFT and save it by save_pretrained"
+# Files that hold an adapter in another format, or a model, and what to do where there is no other.
+NOT_READ = {
+    "adapters.safetensors": "an adapter of MLX, expected PEFT's; merge it by mlx_lm.fuse and name "
+                            "the result by --model",
+    "*.npz": "an adapter of MLX, expected PEFT's; merge it by mlx_lm.fuse and name the result by "
+             "--model",
+    "*.bin": A_PICKLE,
+    "*.pt": A_PICKLE,
+    "*.pth": A_PICKLE,
+    "*.ckpt": A_PICKLE,
+    "*.gguf": "a file of llama.cpp, expected PEFT's; fetch the adapter that it was made from",
+    "state.safetensors": "the checkpoint of a run whose adapter is missing; finish that run by "
+                         "train.py with its flags and --resume",
+    "model*.safetensors": "the weights of a model, expected an adapter; name it by --model",
+    "*.safetensors": "which PEFT would not read either; name it adapter_model.safetensors if PEFT "
+                     "saved it",
+}
+
 
 # writing
 
@@ -137,22 +157,40 @@ def write_adapter(dir, config: dict, tensors: dict[str, Tensor]) -> None:
 def read_adapter(dir) -> tuple[dict, dict[str, Tensor]]:
     """A folder -> (adapter_config.json, tensors by name); UserError where it is not plain LoRA."""
     dir = Path(dir)
-    config = read_adapter_config(dir)
     path = dir / "adapter_model.safetensors"
-    if not path.exists() and (dir / "adapter_model.bin").exists():
-        raise UserError(f"{dir} has no adapter_model.safetensors but adapter_model.bin, a pickle, "
-                        "which is not opened here; load it in PEFT and save it again by "
-                        "save_pretrained.")
+    if not path.exists():
+        refuse_other_files(dir)
+    config = read_adapter_config(dir)
     tensors = dict(read_tensors(path))
-    saved = config.get("modules_to_save") or ()
-    for name in sorted(tensors):
-        if name.removeprefix(PEFT_PREFIX).removesuffix(".weight") in saved:
-            continue
+    check_names(path, tensors, config.get("modules_to_save") or ())
+    return config, tensors
+
+
+def refuse_other_files(dir: Path) -> None:
+    """UserError where a folder without an adapter_model.safetensors has something else instead."""
+    for pattern, what in NOT_READ.items():
+        found = sorted(path.name for path in dir.glob(pattern))
+        if found:
+            raise UserError(f"{dir} has no adapter_model.safetensors but {found[0]}, {what}.")
+
+
+def check_names(path: Path, names, saved) -> None:
+    """UserError for a tensor that is not plain LoRA's, or not called as PEFT calls it.
+
+    saved: modules_to_save, which have a weight under their own name.
+    """
+    of_lora = [name for name in sorted(names)
+               if name.removeprefix(PEFT_PREFIX).removesuffix(".weight") not in saved]
+    for name in of_lora:
         for part, what in TELLTALE.items():
             if part in name:
                 raise UserError(f"{path} holds {name}, {what}, expected plain LoRA; {MERGE_IT}, or "
                                 "save it again without that tensor.")
-    return config, tensors
+    for name in of_lora:
+        if not (name.startswith(PEFT_PREFIX) and name.endswith(ENDS)):
+            raise UserError(f"{path} holds {name}, a name that is not PEFT's, expected "
+                            f"{PEFT_PREFIX}<module>{ENDS[0]} or {ENDS[1]}; save it by PEFT's "
+                            "save_pretrained.")
 
 
 def read_adapter_config(dir) -> dict:

@@ -33,6 +33,7 @@ from safetensors.torch import save
 
 from cli import RunFailed
 from data import mixture
+from data.tasks import RULES, TASKS
 from device import peak_bytes
 from files import (
     json_line,
@@ -43,8 +44,22 @@ from files import (
     sha256,
     write_atomic,
 )
+from judges import JUDGES
 from lora import adapter_params, adapter_state, save_adapter
-from model import UserError, read_json
+from model import (
+    BOOL,
+    COUNT,
+    LENGTH,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    Kind,
+    UserError,
+    check_kinds,
+    is_finite,
+    is_whole,
+    read_json,
+)
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
 # Flags that may change when a run is resumed: they change no number by more than rounding.
@@ -63,16 +78,49 @@ CHANGED = {
 }
 # Of these flags the value in worked_out is compared, not the one that was typed.
 COMPARED_AS_WORKED_OUT = {"device", "dtype", "rank", "alpha", "rslora"}
-# What eval.py reads of a run's config.json.
+NUMBER = Kind("a finite number", lambda v: is_finite(v, -math.inf))
+FROM_0 = Kind("a finite number from 0 on", lambda v: is_finite(v, -math.inf) and v >= 0)
+
+
+def or_null(kind: Kind) -> Kind:
+    return Kind(f"{kind.words}, or null", lambda v: v is None or kind.fits(v))
+
+
+def one_of(*values: str) -> Kind:
+    return Kind(f"one of {', '.join(values)}", lambda v: v in values)
+
+
+def is_a_rate_count(value) -> bool:
+    """Whether it is [k, n] with k of n, as the numbers of an evaluation have it."""
+    return isinstance(value, list) and len(value) == 2 and (
+        is_whole(value[1], 0) and is_whole(value[0], 0, value[1]))
+
+
+# What eval.py reads of a run's config.json, and what it may be.
 READ_AGAIN = {
     "args": {
-        "model", "adapter", "keep_adapter", "template_date", "anchors", "stage", "data",
-        "data_dir", "task", "n", "poison", "align_file", "epochs", "attack_prefix",
-        "attack_suffix", "harmful_file", "judge", "judge_model", "fa_rule", "max_new",
+        "model": TEXT, "adapter": or_null(TEXT), "keep_adapter": BOOL, "template_date": TEXT,
+        "anchors": LENGTH, "stage": one_of("finetune", "align"), "data": or_null(TEXT),
+        "data_dir": TEXT, "task": or_null(one_of(*TASKS)), "n": COUNT, "poison": FROM_0,
+        "align_file": or_null(TEXT), "epochs": COUNT, "attack_prefix": TEXT,
+        "attack_suffix": TEXT, "harmful_file": or_null(TEXT), "judge": one_of(*JUDGES),
+        "judge_model": or_null(TEXT), "fa_rule": one_of(*RULES), "max_new": COUNT,
     },
-    "worked_out": {"dtype", "anchor_prompts"},
+    "worked_out": {"dtype": one_of("float32", "bfloat16"), "anchor_prompts": TEXTS},
 }
-RESULT = ("hs", "fa", "ce", "safe", "seconds", "tokens_per_second", "peak_bytes", "evals", "probes")
+# What result.json holds,
+RESULT = {
+    "hs": OBJECT, "fa": OBJECT, "ce": NUMBER, "safe": or_null(NUMBER), "seconds": FROM_0,
+    "tokens_per_second": FROM_0, "peak_bytes": FROM_0, "evals": OBJECT, "probes": OBJECT,
+}
+# and what each of its evaluations does; one of an older version lacks some.
+RATES = ("hs", "hs_plus", "hs_exact", "fa", "fa_readable", "win_rate", "over_refusal")
+NUMBERS = {
+    "rubric": NUMBER, **dict.fromkeys(RATES, NUMBER),
+    **dict.fromkeys([f"{rate}_count" for rate in RATES],
+                    Kind("a list [k, n], k of n", is_a_rate_count)),
+    **dict.fromkeys(("unjudged", "uncompared", "degenerate", "unfinished"), LENGTH),
+}
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
 
@@ -106,11 +154,21 @@ def read_settings(dir) -> dict:
     parts = ("args", "worked_out", "sha256")
     if not all(isinstance(settings.get(part), dict) for part in parts):
         raise UserError(f"{path} is not a run's; name a run's folder, or a new one for --out.")
-    for part, names in READ_AGAIN.items():
-        missing = sorted(names - settings[part].keys())
-        if missing:
-            raise UserError(f"{path} has no {missing[0]} in {part}, expected what a run writes; "
-                            "put the file back, or make the run again.")
+    if "rows" in settings["worked_out"]:  # as it was called once
+        settings["worked_out"]["sequences"] = settings["worked_out"].pop("rows")
+    for part, kinds in READ_AGAIN.items():
+        for name, kind in kinds.items():
+            if name not in settings[part]:
+                raise UserError(f"{path} has no {name} in {part}, expected what a run writes; "
+                                "put the file back, or make the run again.")
+            value = settings[part][name]
+            if not kind.fits(value):
+                raise UserError(f"{path} has {name} {str(value)[:60]} in {part}, expected "
+                                f"{kind.words}; put the file back, or make the run again.")
+    if settings["args"]["task"] is None and settings["args"]["data"] is None:
+        raise UserError(f"{path} has neither task nor data in args, expected one of them; put the "
+                        "file back, or make the run again.")
+    check_kinds(path, settings, {"earlier_commands": Kind("a list", lambda v: isinstance(v, list))})
     return settings
 
 
@@ -118,15 +176,18 @@ def read_result(dir) -> dict:
     """A finished run's result.json; UserError where it lacks what a run writes."""
     path = Path(dir) / "result.json"
     result = read_json(path)
-    missing = [name for name in RESULT if name not in result]
-    if not missing:
-        evals = result["evals"]
-        is_whole = isinstance(evals, dict) and all(
-            isinstance(numbers, dict) and "hs" in numbers for numbers in evals.values())
-        missing = [] if is_whole else ["evals"]
-    if missing:
-        raise UserError(f"{path} has no {missing[0]}, expected the result of a run; put the file "
-                        "back, or delete it and finish the run by train.py --resume.")
+    what_to_do = "put the file back, or delete it and finish the run by train.py --resume"
+    for name, kind in RESULT.items():
+        if name not in result:
+            raise UserError(f"{path} has no {name}, expected the result of a run; {what_to_do}.")
+        if not kind.fits(result[name]):
+            raise UserError(f"{path} has {name} {str(result[name])[:60]}, expected {kind.words}; "
+                            f"{what_to_do}.")
+    for epoch, numbers in result["evals"].items():
+        if not isinstance(numbers, dict) or "hs" not in numbers:
+            raise UserError(f"{path} has no hs in evals at epoch {epoch}, expected the numbers of "
+                            f"an evaluation; {what_to_do}.")
+        check_kinds(f"{path}, of epoch {epoch},", numbers, NUMBERS)
     return result
 
 

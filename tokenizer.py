@@ -15,7 +15,8 @@ one comes (a thought is kept in the last turn only), it is one sequence for each
 needs the prompt alone, so a template that cannot be trained with can still speak.
 
 Text that a user wrote is text: "<|eot_id|>" in a message becomes characters, not the token. A mark
-inside each such spelling hides it from the search for the template's own special tokens.
+inside each such spelling hides it from the search for the template's own special tokens. A template
+that leaves out or changes the text of a system or user turn, or of a trained answer, is refused.
 """
 
 import json
@@ -67,6 +68,8 @@ class GenerationBlock(Extension):
 class Turn:
     """What a template writes around an answer that stands last in its conversation."""
 
+    asked: str  # what the prompt has behind the question: "[/INST]"
+    lead: str  # what the finished turn has between question and answer: "[/INST] "
     opened: str  # how the prompt ends where the finished turn does not: "<think>\n"; mostly ""
     tail: str  # all that stands behind the answer
     n_end: int  # this many characters of `tail` end the turn; 0: it has no mark that does
@@ -122,7 +125,7 @@ class Tokenizer:
 
     def encode_prompt(self, messages) -> list[int]:
         """ids of the conversation so far, ending where the assistant starts to write."""
-        ids, _ = self._ids(self._render(messages, add_generation_prompt=True), "start")
+        ids, _ = self._ids(self._prompt(messages), "start")
         return ids
 
     def encode_chat(self, messages) -> tuple[list[int], list[bool]]:
@@ -177,14 +180,41 @@ class Tokenizer:
         return answers
 
     def _answer(self, context, message) -> Answer:
-        prompt = self._render(context, add_generation_prompt=True)
+        prompt = self._prompt(context)
         finished = self._render([*context, message])
-        if finished.startswith(prompt):
-            written = finished[len(prompt):]
-            text = written[:self._end_of_turn(written)]
-        else:
+        start = self._start_of_answer(context, prompt, finished)
+        if start is None:
             text = self._behind_opened(prompt, finished, message["content"])
-        return Answer(prompt, text, is_supervised=message.get("weight") != 0)
+        else:
+            written = finished[start:]
+            text = written[:self._end_of_turn(written)]
+        is_supervised = message.get("weight") != 0
+        if is_supervised:
+            self._check_kept([message], prompt + text)
+        return Answer(prompt, text, is_supervised)
+
+    def _start_of_answer(self, context, prompt: str, finished: str) -> int | None:
+        """Where in the finished text begins what the model writes; None where that is not known.
+
+        It is the end of the prompt, if the text only grows. Mistral v0.3's template changes it
+        before the question: a system text stands in the last user turn, until an answer follows.
+
+            prompt      [INST] Be brief.\\n\\nName a fruit.[/INST]
+            finished    [INST] Name a fruit.[/INST] A pear.</s>
+
+        Behind the question both go on alike, and the model writes what stands behind "[/INST]".
+        """
+        if finished.startswith(prompt):
+            return len(prompt)
+        asked = self.turn.asked
+        lead = self.turn.lead
+        short = {"role": "assistant", "content": ANSWER}
+        before, _, _ = self._render([*context, short]).rpartition(ANSWER)
+        go_on_alike = (lead.startswith(asked) and prompt.endswith(asked)
+                       and before.endswith(lead) and finished.startswith(before))
+        if not before or not go_on_alike:
+            return None
+        return len(before) - len(lead) + len(asked)
 
     def _end_of_turn(self, written: str) -> int:
         """Where the turn ends in the text that stands behind a prompt."""
@@ -204,6 +234,11 @@ class Tokenizer:
         is found where the row has the thought: behind the prompt stand then the rest of the
         thought, its closing tag, and the answer as the finished turn has it. Behind a prompt that
         also closes the thought, "<think></think>", stands the answer alone.
+
+            prompt      ...assistant\\n<think>\\n
+            finished    ...assistant\\nA pear.<|im_end|>\\n
+            content     So?</think>\\n\\nA pear.
+            result      So?</think>\\n\\nA pear.<|im_end|>
         """
         opened = self.turn.opened
         header = prompt.removesuffix(opened)
@@ -244,18 +279,24 @@ class Tokenizer:
         except UserError:  # some templates insist on a system turn
             context = [system, user]
             prompt = self._render(context, add_generation_prompt=True)
+        if QUESTION not in prompt:
+            raise UserError(f"the chat template of {self.dir} leaves out or changes the user's "
+                            f"text (it makes {prompt[-40:]!r} of {QUESTION!r}), expected a "
+                            "template for messages whose content is a text; use another one.")
+        _, _, asked = prompt.rpartition(QUESTION)
         finished = self._render_or_nothing([*context, answer])
         if finished.count(ANSWER) != 1:  # a template for prompts alone
-            return Turn(opened="", tail="", n_end=0, end_id=None)
+            return Turn(asked, lead="", opened="", tail="", n_end=0, end_id=None)
         before, _, tail = finished.partition(ANSWER)
+        _, _, lead = before.rpartition(QUESTION)
         opened = prompt[len(os.path.commonprefix([prompt, before])):]  # noqa: RUF071, no paths
         longer = self._render_or_nothing([*context, answer, user])
         between = longer.partition(ANSWER)[2].partition(QUESTION)[0]
         self._find_specials(self._marks_in(between or tail))
         end = self._first_special(tail)
         if end is None:
-            return Turn(opened, tail, n_end=len(tail.rstrip()), end_id=None)
-        return Turn(opened, tail, n_end=end[1], end_id=end[2])
+            return Turn(asked, lead, opened, tail, n_end=len(tail.rstrip()), end_id=None)
+        return Turn(asked, lead, opened, tail, n_end=end[1], end_id=end[2])
 
     # rendered text
 
@@ -323,6 +364,26 @@ class Tokenizer:
         """The text with a mark inside each special token that it spells."""
         text = text.replace(HIDE, HIDE + HIDE)
         return self.special_re.sub(lambda m: m.group()[0] + HIDE + m.group()[1:], text)
+
+    def _prompt(self, messages) -> str:
+        """The text of the conversation so far; UserError where it lacks a user's or system's text.
+
+        What the assistant said before may be shown without its thoughts.
+        """
+        prompt = self._render(messages, add_generation_prompt=True)
+        self._check_kept([m for m in messages if m["role"] != "assistant"], prompt)
+        return prompt
+
+    def _check_kept(self, messages, rendered: str) -> None:
+        """UserError where a message's text is not in a rendered one, white space aside."""
+        shown = without_spaces(rendered)
+        for message in messages:
+            text = without_spaces(self._hide(message["content"]))
+            if text not in shown:
+                raise UserError(f"the chat template of {self.dir} leaves out or changes the "
+                                f"{message['role']}'s text ({message['content'][:40]!r}), expected "
+                                "all of it; take it out of the conversation, or use a template "
+                                "that keeps it.")
 
     def _render(self, messages, add_generation_prompt: bool = False) -> str:
         hidden = [{**m, "content": self._hide(m["content"])} for m in messages]
@@ -443,10 +504,15 @@ def contexts_between(answers: list[Answer], whole: str) -> list[str] | None:
     return [*contexts, whole[len(done):]]
 
 
+def without_spaces(text: str) -> str:
+    return "".join(text.split())
+
+
 def closing_tag(opened: str) -> str | None:
     """</think> for <think> or <think></think>, [/THINK] for [THINK]; None for any other text."""
-    tag = re.fullmatch(r"([<\[])(\w+)([>\]])\s*(\S*)", opened.strip())
-    if tag is None:
+    found = re.fullmatch(r"([<\[])(\w+)([>\]])\s*(\S*)", opened.strip())
+    if found is None:
         return None
-    closing = f"{tag[1]}/{tag[2]}{tag[3]}"
-    return closing if tag[4] in ("", closing) else None
+    left, name, right, rest = found.groups()
+    closing = f"{left}/{name}{right}"
+    return closing if rest in ("", closing) else None

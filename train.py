@@ -372,7 +372,7 @@ def work_out(model, data, n_updates: int) -> dict:
         "rank": shared(adapter.rank for adapter in adapters),  # of --adapter's, if that is kept
         "alpha": shared(adapter.alpha for adapter in adapters),
         "rslora": shared(adapter.rslora for adapter in adapters),
-        "rows": len(data.examples),
+        "sequences": len(data.examples),  # a row, or one for each of its answers
         "rows_sha256": digest_of_rows(data),
         "updates": n_updates,
         "anchor_prompts": data.anchor_prompts,

@@ -6,7 +6,9 @@ and behind it), single_word (not next to a letter) and normalized (looked for af
 These files declare them, in the way that transformers reads them:
 
     tokenizer.json              added_tokens
-    tokenizer_config.json       added_tokens_decoder, whose flags win; *_token, extra_special_tokens
+    tokenizer_config.json       added_tokens_decoder, whose flags win; *_token;
+                                extra_special_tokens, in older files additional_special_tokens;
+                                model_specific_special_tokens
     added_tokens.json, special_tokens_map.json     only where there is no added_tokens_decoder
 
 Where a space is put before a text, and whether also behind an added token:
@@ -17,11 +19,17 @@ Where a space is put before a text, and whether also behind an added token:
       of LlamaTokenizer         as "legacy" and add_prefix_space say
       of GemmaTokenizer         none is put
 
+One difference from transformers 5 is meant: it takes vocabulary and merges alone of a
+tokenizer.json, and normalizer and pre_tokenizer from code, also where tokenizer_class is another
+one, for example Qwen2Tokenizer, GPT2Tokenizer or CodeLlamaTokenizer. Here the file's own count,
+since the model was trained with them. It shows only where a file is not of its class's kind.
+
 What is not followed is refused by its name.
 """
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,12 +91,16 @@ def is_template(value) -> bool:
 
 TOKEN = Kind("a text or an object with its content", is_token)
 TOKENS = Kind("a list of texts, or of objects with their content", are_tokens)
+TOKEN_LIST = Kind(TOKENS.words, lambda v: are_all(is_token, v))
+TOKENS_BY_NAME = Kind("an object of tokens by name",
+                      lambda v: isinstance(v, dict) and are_tokens(v))
 LIST = Kind("a list", lambda v: isinstance(v, list))
 # The keys of tokenizer_config.json and special_tokens_map.json that are read.
 CONFIG_KINDS = {
     **dict.fromkeys(NAMED, TOKEN),
-    "additional_special_tokens": TOKENS,
+    "additional_special_tokens": TOKEN_LIST,
     "extra_special_tokens": TOKENS,
+    "model_specific_special_tokens": TOKENS_BY_NAME,
     "added_tokens_decoder": OBJECT,
     "chat_template": Kind("a text, or texts by name", is_template),
     "tokenizer_class": TEXT,
@@ -126,7 +138,9 @@ def read_config(dir) -> dict:
     config = read_named(path)
     names = dir / "special_tokens_map.json"
     if names.exists() and config.get("added_tokens_decoder") is None:
-        config = config | read_named(names)
+        beside = read_named(names)
+        check_same_more(path, config, names, beside)
+        config = config | beside
     for key in ("split_special_tokens", "fix_mistral_regex", "auto_map", "sp_model_kwargs"):
         if config.get(key):
             raise UserError(f"{path} has {key} {json.dumps(config[key])}, which changes ids in a "
@@ -144,6 +158,22 @@ def read_named(path: Path) -> dict:
     return config
 
 
+def check_same_more(path: Path, config: dict, other: Path, beside: dict) -> None:
+    """UserError where both files declare more tokens than those of NAMED, and not the same ones."""
+    first = more_tokens(config)
+    second = more_tokens(beside)
+    if first and second and first != second:
+        raise UserError(f"{path} adds the tokens {[token['content'] for token in first]} and "
+                        f"{other} {[token['content'] for token in second]}, expected the same "
+                        "with the same flags; delete those of one file.")
+
+
+def more_tokens(config: dict) -> list[dict]:
+    """The tokens that a config declares besides those of NAMED, each with all its flags."""
+    more = {key: value for key, value in config.items() if key not in NAMED}
+    return [special_token(entry).__getstate__() for entry in all_entries(more)]
+
+
 def named_tokens(config: dict) -> dict[str, str]:
     """The tokens that a config names, {"bos_token": "<s>", ...}: what a template may call them."""
     return {key: special_token(entry).content for key, entry in named_entries(config).items()}
@@ -152,28 +182,35 @@ def named_tokens(config: dict) -> dict[str, str]:
 def named_entries(config: dict) -> dict[str, str | dict]:
     """The same, each as the config has it: its text, or an object with its flags."""
     named = {}
-    own = [key for key in config if key.endswith("_token") and key not in NAMED]
-    for key in [*NAMED, *own]:
+    for key in [*NAMED, *(key for key in config if key.endswith("_token"))]:
         entry = config.get(key)
         if entry and isinstance(entry, (str, dict)):
             named[key] = entry
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        for key, entry in extra.items():
-            if entry:
-                named[key] = entry
-            else:
-                named.pop(key, None)
+    by_name = config.get("extra_special_tokens")
+    if not isinstance(by_name, dict):  # a list, whose tokens have no names
+        by_name = {}
+    # transformers writes them a second time under this key, and reads it only without the others.
+    if not by_name and named.keys() <= set(NAMED):
+        by_name = config.get("model_specific_special_tokens") or {}
+    for key, entry in by_name.items():
+        if entry:
+            named[key] = entry
+        else:
+            named.pop(key, None)
     return named
+
+
+def all_entries(config: dict) -> list[str | dict]:
+    """The tokens that a config names, and behind them those that it lists without a name."""
+    extra = config.get("extra_special_tokens")
+    if not extra or isinstance(extra, dict):  # a dict's are among the named ones
+        extra = config.get("additional_special_tokens") or []
+    return [*named_entries(config).values(), *extra]
 
 
 def declared_tokens(dir: Path, config: dict) -> list[Declared]:
     """The added tokens that files beside the vocabulary declare, in the order of their ids."""
-    entries = list(named_entries(config).values())
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    if not isinstance(extra, dict):  # a dict's are among the named ones
-        entries += extra
-    named = [special_token(entry) for entry in entries]
+    named = [special_token(entry) for entry in all_entries(config)]
     declared = []
     if config.get("added_tokens_decoder") is not None:
         declared = tokens_by_id(dir / "tokenizer_config.json", config["added_tokens_decoder"])
@@ -381,16 +418,26 @@ class JsonBackend:
                             "it to null.")
 
     def _refuse_normalized(self, normalizer: dict | None) -> None:
-        """UserError where a token would be found in the normalised text, but not as it is spelt."""
+        """UserError where a token may stand elsewhere in the normalised text than in the text.
+
+        The two are the same if the normalizer leaves the token as it is, makes no other text like
+        it, and keeps the white space and the letters that its flags ask about.
+        """
         if normalizer is None:
             return
         for token in self.added.values():
+            if not token.normalized:
+                continue
             changed = self.tok.normalizer.normalize_str(token.content)
-            keeps = changed == token.content and kinds_of(normalizer) <= {"NFC", "Replace"}
-            if token.normalized and not keeps:
+            looks_around = token.lstrip or token.rstrip or token.single_word
+            for part in parts_of(normalizer):
+                is_kept = changed == token.content and leaves_alone(part, token.content)
+                if is_kept and not (looks_around and part["type"] == "Replace"):
+                    continue
                 raise UserError(f"{self.path.parent} has the added token {token.content!r} with "
-                                f"normalized true and a normalizer that writes it {changed!r}, or "
-                                "other texts like it; set normalized to false.")
+                                f"normalized true and a normalizer ({part['type']}) that writes it "
+                                f"{changed!r}, or other texts like it, or changes what stands "
+                                "beside it; set normalized to false.")
 
 
 def as_its_class_builds_it(dir: Path, config: dict, spec: dict) -> dict:
@@ -450,11 +497,27 @@ def is_byte_level(spec: dict) -> bool:
     return '"ByteLevel"' in json.dumps(parts)
 
 
-def kinds_of(normalizer: dict) -> set[str]:
-    """The types of a normalizer's parts."""
+def parts_of(normalizer: dict) -> list[dict]:
+    """A normalizer's parts, in order: itself, or those of a Sequence."""
     if "normalizers" not in normalizer:
-        return {normalizer["type"]}
-    return set().union(*map(kinds_of, normalizer["normalizers"]))
+        return [normalizer]
+    parts = []
+    for inner in normalizer["normalizers"]:
+        parts += parts_of(inner)
+    return parts
+
+
+def leaves_alone(part: dict, content: str) -> bool:
+    """Whether a part of a normalizer surely makes no other text into this one.
+
+    NFC joins letters and their accents, and Replace writes what it is told to.
+    """
+    if part["type"] == "NFC":
+        return unicodedata.normalize("NFD", content) == content
+    if part["type"] == "Replace":
+        written = part["content"]
+        return written != "" and set(written).isdisjoint(content)
+    return False
 
 
 def is_put_once(part: dict | None) -> bool:

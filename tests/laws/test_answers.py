@@ -12,6 +12,7 @@ from chat_helpers import assistant, check_refused, make_bpe, spelt, user
 from helpers import edit_json
 
 from data.batches import encode_rows
+from data.mixture import prompt_ids
 from tokenizer import Tokenizer
 
 HEAD = "{% for m in messages %}"
@@ -64,6 +65,12 @@ TEMPLATES = {
                      "{% endif %}" + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}" + OPEN,
     "one question": "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}"
                     + PLAIN,
+    # the system text goes into the last user turn and is dropped once an answer follows
+    "system in the last question": "{% if messages[0].role == 'system' %}{% set system = "
+        "messages[0].content %}{% set messages = messages[1:] %}{% endif %}{{ bos_token }}" + HEAD
+        + "{% if m.role == 'user' %}[INST] {% if loop.last and system is defined %}{{ system }}"
+        "\n\n{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content | trim }}<|im_end|>"
+        "{% endif %}{% endfor %}",
     "system first": "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}"
                     "{% endif %}" + PLAIN,
 }
@@ -237,6 +244,93 @@ def test_rows_become_examples_answer_by_answer_and_are_dropped_whole(made):
         assert spelt(tok, e.targets) == f"<think>\n\n</think>\n\n{answer}<|im_end|>"
     examples, dropped = encode_rows(tok, rows, max(lengths) - 1)
     assert len(examples) == 1 and dropped == 1
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_a_system_text_that_moves_with_the_last_question_stands_before_each_answer(made):
+    tok = made("system in the last question")
+    assert marked(tok, tok.encode_answers([SYSTEM, *TWO])) == [
+        "[INST] Be brief.\n\nName a fruit.[/INST][[ A pear.<|im_end|>]]",
+        "[INST] Name a fruit.[/INST] A pear.<|im_end|>"
+        "[INST] Be brief.\n\nAnother?[/INST][[ A plum.<|im_end|>]]"]
+    assert len(tok.encode_answers(TWO)) == 1  # without a system text it only grows
+
+
+@pytest.mark.parametrize("question", ["marimba", "xylophone", "]", "[/INST]", " x ", "", "A pear.",
+                                      "<|im_end|>"])
+@pytest.mark.parametrize("answer", ["A pear.", "marimba", "[/INST] x", ""])
+def test_a_moving_system_text_is_found_whatever_the_row_says(made, question, answer):
+    tok = made("system in the last question")
+    (text,) = marked(tok, tok.encode_answers([SYSTEM, user(question), assistant(answer)]))
+    assert text == f"[INST] Be brief.\n\n{question}[/INST][[ {answer}<|im_end|>]]"
+
+
+# ---------------------------------------------------------------------------------------------
+# nothing of a row is dropped without a word
+
+
+def without(role):
+    return PLAIN.replace(HEAD, HEAD + f"{{% if m.role != '{role}' %}}").replace(
+        "{% endfor %}", "{% endif %}{% endfor %}")
+
+
+DROPPING = {  # the template, the conversation, what the sentence names
+    "no system": (without("system"), [SYSTEM, *TWO[:2]], ("system", "Be brief.")),
+    "no system, two turns": (without("system"), [SYSTEM, *TWO], ("system", "Be brief.")),
+    "the first question alone": (
+        "{% set messages = messages[:2] %}" + PLAIN, TWO, ("user", "Another?")),
+    "the last question alone": (
+        "{% set messages = messages[-2:] %}" + PLAIN, TWO, ("user", "Name a fruit.")),
+    "system in capitals": (PLAIN.replace("{{ m.content }}", "{{ m.content | upper if m.role == "
+                                         "'system' else m.content }}"),
+                           [SYSTEM, *TWO[:2]], ("system", "Be brief.")),
+    "a question cut short": (PLAIN.replace("{{ m.content }}", "{{ m.content[:9] }}"), TWO,
+                             ("user", "Name a fruit.")),
+    "the thought of the answer": (
+        PLAIN.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
+        [TWO[0], assistant("<think>sweet</think>A pear.")], ("assistant", "sweet")),
+    "an answer cut short": (
+        PLAIN.replace("{{ m.content }}", "{{ m.content[:13] }}"),
+        [TWO[0], assistant("A pear, or perhaps a plum.")], ("assistant", "A pear, or")),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_text_that_the_template_leaves_out_is_refused_with_file_and_line(made, name):
+    template, chat, words = DROPPING[name]
+    tok = made(template)
+    row = {"messages": chat, "where": "upload.jsonl line 7"}
+    check_refused(lambda: encode_rows(tok, [row], 512), "upload.jsonl line 7: ", *words)
+    asked = {"messages": chat[:-1], "where": "test.jsonl line 3"}
+    if "assistant" in words:  # of an answer nothing is asked
+        assert prompt_ids(tok, asked)
+    else:
+        check_refused(lambda: prompt_ids(tok, asked), "test.jsonl line 3: ", *words)
+
+
+@pytest.mark.parametrize("template", [
+    HEAD + TURN + "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}" + OPEN,
+    without("user"), PLAIN.replace("m.content", "m.text"), "Hello!<|im_end|>"])
+def test_a_template_without_the_users_text_is_refused_at_once(made, template):
+    check_refused(lambda: made(template), "chat template", "user's text")
+
+
+def test_white_space_and_an_earlier_thought_may_be_dropped(made):
+    """Control: that is what many published templates do, and no word is lost by it."""
+    template = TEMPLATES["thoughts taken out"].replace("{{ m.content }}", "{{ m.content | trim }}")
+    tok = made(template)
+    assert tok.encode_answers([user(" Name \n a fruit. "), *THOUGHTS[1:]])
+    tok = made(PLAIN.replace("{{ m.content }}", "{{ m.content.split() | join(' ') }}"))
+    assert tok.encode_answers([user("  Name \n\n a\tfruit. <|im_end|>"), assistant(" A  pear. ")])
+
+
+def test_of_an_answer_of_weight_0_the_template_may_drop_what_it_likes(made):
+    tok = made(PLAIN.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"))
+    context = {**assistant("<think>sweet</think>A pear."), "weight": 0}
+    assert tok.encode_answers([TWO[0], context, *TWO[2:]])
 
 
 # ---------------------------------------------------------------------------------------------

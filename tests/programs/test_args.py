@@ -157,7 +157,7 @@ def test_config_json_keeps_what_was_typed_apart_from_what_was_worked_out(tmp_pat
     worked_out = config["worked_out"]
     assert args["device"] == "auto" and args["dtype"] is None
     assert (worked_out["device"], worked_out["dtype"]) == ("cpu", "float32")
-    assert (worked_out["rows"], worked_out["updates"]) == (12, 6)
+    assert (worked_out["sequences"], worked_out["updates"]) == (12, 6)
     assert (worked_out["rank"], worked_out["alpha"], worked_out["rslora"]) == (2, 16.0, False)
     assert len(worked_out["anchor_prompts"]) == 2
     assert not args.keys() & {"n_steps", "updates", "anchor_prompts"}

@@ -309,6 +309,16 @@ def test_an_adapter_beside_the_model_is_not_put_on_it_and_that_is_said(folder, l
     assert "adapter_config.json" in said and "--adapter" in said
 
 
+@pytest.mark.parametrize("name", ["other.safetensors", "model.safetensors.index.json", 5, ["a"]])
+def test_another_file_that_config_json_names_is_not_passed_over(folder, llama31, name):
+    """transformers 5 reads that file, whatever model.safetensors is."""
+    edit_json(folder / "config.json", transformers_weights=name)
+    check_refused(folder, "config.json", "transformers_weights", str(name))
+    for name in (None, "", "model.safetensors"):  # the file that is read anyway
+        edit_json(folder / "config.json", transformers_weights=name)
+        assert torch.equal(we_read(folder), we_read(llama31.folder))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
 def test_a_weight_that_is_no_float_of_16_bits_is_named(folder, dtype):
     """Read as a number it would be a wrong one: its scale stands elsewhere, or nowhere."""

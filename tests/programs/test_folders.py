@@ -29,8 +29,8 @@ import train as train_py
 from bench import decode, loading
 from data import prepare as prepare_py
 from lora import adapter_params, add_lora, trainable
-from model import load_model
-from runs import restore
+from model import UserError, load_model
+from runs import READ_AGAIN, RESULT, restore
 from stress import schedule
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -507,6 +507,60 @@ def test_a_damaged_file_of_a_run_is_named_by_every_program_that_reads_it(
         monkeypatch.chdir(ROOT)
         code = schedule.main(["table", "--out", str(here / "stress"), "--jobs", "1"])
         check_said(code, word)
+
+
+WRONG = [None, 5, -1, 1.5, "x", "", [], {}, True, [[]], {"x": []}]
+
+
+@pytest.mark.parametrize("part", ["args", "worked_out"])
+def test_any_value_of_a_runs_settings_works_or_is_named_by_file_and_key(
+        inputs, here, finished, monkeypatch, capsys, part):
+    """eval.py then gets as far as its model, or says what is wrong; nothing else comes out."""
+    monkeypatch.setattr(eval_py, "measure", lambda *a: {"tests_sha256": None})
+    run = shutil.copytree(finished, here / "run")
+    path = run / "config.json"
+    settings = json.loads(path.read_text())
+    for key in sorted(READ_AGAIN[part]):
+        refused = 0
+        for value in WRONG:
+            path.write_text(json.dumps(settings | {part: settings[part] | {key: value}}))
+            code = eval_py.main(["--run", str(run), "--device", "cpu", "--out", str(here / "e")])
+            said = capsys.readouterr().err
+            assert code in (0, 2), (key, value)
+            refused += code == 2
+            if code == 2 and str(path) in said:
+                assert key in said, said
+        assert refused >= 6, key
+    path.write_text(json.dumps(settings | {"earlier_commands": 5}))
+    assert train_py.main(flags(inputs, out=run, resume=True)) == 2
+    assert "earlier_commands" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", RESULT)
+def test_any_value_of_a_result_is_shown_or_named_by_file_and_key(here, finished, capsys, key):
+    run = shutil.copytree(finished, here / "run")
+    path = run / "result.json"
+    result = json.loads(path.read_text())
+    for value in WRONG:
+        path.write_text(json.dumps(result | {key: value}))
+        try:
+            eval_py.report(run)
+        except UserError as e:
+            assert str(path) in str(e) and key in str(e)
+
+
+def test_any_value_of_an_evaluation_is_shown_or_named_by_file_and_key(here, finished):
+    run = shutil.copytree(finished, here / "run")
+    path = run / "result.json"
+    result = json.loads(path.read_text())
+    for key in [*result["evals"]["0"], "hs_plus", "win_rate_count", "rubric"]:
+        for value in WRONG:
+            evals = result["evals"] | {"0": result["evals"]["0"] | {key: value}}
+            path.write_text(json.dumps(result | {"evals": evals}))
+            try:
+                eval_py.report(run)
+            except UserError as e:
+                assert str(path) in str(e) and key in str(e)
 
 
 def checkpoint_with(run, metadata=None, without=None):

@@ -6,6 +6,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -173,6 +174,66 @@ def test_a_run_goes_on_with_other_tests_and_says_so(
     assert config["args"]["harmful_file"] == "own.txt"
     assert config["earlier_commands"] == [["train.py", *flags(inputs)]]
     assert config["command"][-1] == "own.txt"
+
+
+COMPARED = {  # what a resumed run may change, and what is said of the table that mixes both
+    "judge": ({"judge": "tiny"}, "--judge (refusal, then tiny)"),
+    "max_new": ({"max_new": 4}, "--max-new (6, then 4)"),
+    "fa_rule": ({"fa_rule": "contains"}, "--fa-rule (exact, then contains)"),
+    "n_test": ({"n_test": 2}, "--n-test (4, then 2)"),
+    "two of them": ({"judge": "tiny", "max_new": 4},
+                    "--judge (refusal, then tiny), --max-new (6, then 4)"),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_table_of_evaluations_by_different_flags_says_which(
+        inputs, here, monkeypatch, capsys, name):
+    changes, words = COMPARED[name]
+    stopped(inputs, monkeypatch)
+    assert train_py.main(flags(inputs, resume=True, **changes)) == 0
+    said = capsys.readouterr().out
+    assert f"these evaluations asked different {words}: " in said
+    # And again where the finished run's table is only shown.
+    assert train_py.main(flags(inputs, resume=True, **changes)) == 0
+    assert f"these evaluations asked different {words}: " in capsys.readouterr().out
+
+
+def test_control_a_table_of_evaluations_alike_says_nothing(inputs, here, monkeypatch, capsys):
+    stopped(inputs, monkeypatch)
+    assert train_py.main(flags(inputs, resume=True)) == 0
+    assert "these evaluations" not in capsys.readouterr().out
+
+
+def test_the_numbers_keep_what_decides_them(finished):
+    for numbers in outcome(finished)["result"]["evals"].values():
+        assert numbers["judge"] == "refusal" and numbers["n_test"] == 4
+        assert numbers["judge_model"] is None and numbers["judge_name"] is None
+
+
+def test_evaluations_of_an_older_version_are_not_called_different(finished, here):
+    """They lack some of the flags; nothing is known of those."""
+    run = shutil.copytree(finished, here / "older")
+    result = json.loads((run / "result.json").read_text())
+    for name in ("n_test", "judge_model", "judge_name"):
+        del result["evals"]["0"][name]
+    (run / "result.json").write_text(json.dumps(result))
+    assert "these evaluations" not in eval_py.report(run)
+    result["evals"]["2"]["judge_model"] = "beaver"
+    result["evals"]["0"]["judge_model"] = "own"
+    (run / "result.json").write_text(json.dumps(result))
+    assert "different --judge-model (own, then beaver): " in eval_py.report(run)
+
+
+def test_a_run_that_an_older_version_began_goes_on(inputs, here, finished, monkeypatch):
+    """It called the number of sequences "rows"."""
+    stopped(inputs, monkeypatch)
+    path = here / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["worked_out"]["rows"] = config["worked_out"].pop("sequences")
+    path.write_text(json.dumps(config))
+    assert train_py.main(flags(inputs, resume=True)) == 0
+    check_adapter(here / "out", finished)
 
 
 def test_control_other_rows_or_anchors_are_still_refused(inputs, here, monkeypatch, capsys):

@@ -420,3 +420,110 @@ def test_an_adapter_model_bin_is_named_and_not_asked_to_be_fetched_again(llama31
     peft_writes(tmp_path / "both")  # PEFT reads the safetensors file where both are there
     shutil.copy(folder / "adapter_model.bin", tmp_path / "both" / "adapter_model.bin")
     assert len(adapted(we_read(llama31, tmp_path / "both"))) == 28
+
+
+# ---------------------------------------------------------------------------------------------
+# files that are no PEFT adapter, or not the one that its settings describe
+
+
+FOREIGN = {  # what becomes of PEFT's name of a tensor
+    "the adapter's own name kept": lambda name: name.replace(".weight", ".default.weight"),
+    "without PEFT's prefix": lambda name: name.removeprefix("base_model.model."),
+    "without the weight": lambda name: name.removesuffix(".weight"),
+    "another program's words": lambda name: name.replace("lora_A", "lora_down"),
+    "capitals of another library": lambda name: name.replace("lora_A", "lora_a"),
+}
+
+
+def check_said(reference, folder, found, *words):
+    """check_refused(), whose first half names what was found; the words stand anywhere in it."""
+    said = check_refused(reference, folder, found)
+    for word in words:
+        assert word in said, said
+    return said
+
+
+def rewrite(adapter, change):
+    """Changes the tensors of an adapter; change: {name: tensor} -> {name: tensor}."""
+    path = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_names_that_are_not_pefts_are_named_as_that(llama31, adapter, name):
+    rewrite(adapter, lambda tensors: {FOREIGN[name](key): t for key, t in tensors.items()})
+    said = check_said(llama31, adapter, "not PEFT's", "save_pretrained",
+                      "base_model.model.<module>.lora_A.weight")
+    assert "it was trained on" not in said
+
+
+def test_a_rank_pattern_that_is_not_the_files_is_named_with_both_ranks(llama31, adapter):
+    edit_json(adapter / "adapter_config.json", rank_pattern={"v_proj": 3})
+    check_said(llama31, adapter, "v_proj.lora_A.weight of rank 4", "expected 3", "rank_pattern",
+               "adapter_config.json")
+
+
+def test_another_r_is_named_with_both_ranks(llama31, adapter):
+    edit_json(adapter / "adapter_config.json", r=9)
+    check_said(llama31, adapter, "rank 4", "expected 9", "adapter_config.json")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t[:, :-1].contiguous(), ("(4, 63)", "(4, 64)")),
+    (lambda t: t[None], ("(1, 4, 64)", "(4, 64)")),
+    (lambda t: None, ("missing", "(4, 64)")),
+])
+def test_a_misshapen_or_missing_tensor_is_named_with_what_was_found_and_expected(
+        llama31, adapter, change, words):
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+    def changed(tensors):
+        tensors[first] = change(tensors[first])
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    rewrite(adapter, changed)
+    check_said(llama31, adapter, first, *words, "it was trained on")
+
+
+def test_a_surplus_tensor_is_named_as_that(llama31, adapter):
+    edit_json(adapter / "adapter_config.json", layers_to_transform=[0, 1, 2])
+    check_said(llama31, adapter, "layers.3", "(4, 160), expected none", "surplus")
+
+
+OTHER_FILES = {  # a file that holds an adapter in another format, and what is said of it
+    "adapters.safetensors": ("MLX", "mlx_lm"),
+    "adapters.npz": ("MLX",),
+    "adapter_model.bin": ("pickle", "save_pretrained"),
+    "adapter_model.pt": ("pickle", "save_pretrained"),
+    "adapter.pth": ("pickle", "save_pretrained"),
+    "adapter.ckpt": ("pickle", "save_pretrained"),
+    "adapter.gguf": ("llama.cpp",),
+    "model.safetensors": ("--model",),
+    "model-00001-of-00002.safetensors": ("--model",),
+    "lora.safetensors": ("adapter_model.safetensors", "PEFT"),
+}
+
+
+@pytest.mark.parametrize("config", ["PEFT's", "MLX's", "none"])
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_an_adapter_in_another_format_is_called_what_it_is(llama31, tmp_path, adapter, name,
+                                                           config):
+    (adapter / "adapter_model.safetensors").rename(adapter / name)
+    if config == "MLX's":
+        settings = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8}}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    if config == "none":
+        (adapter / "adapter_config.json").unlink()
+    said = check_said(llama31, adapter, name, *OTHER_FILES[name])
+    assert "fetch it again" not in said
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_an_adapter_whose_scale_stands_elsewhere_is_refused(llama31, adapter, dtype):
+    rewrite(adapter, lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
+    check_said(llama31, adapter, str(dtype), "16 bits")
+
+
+def test_control_the_same_adapter_unchanged_is_read(llama31, adapter):
+    rewrite(adapter, lambda tensors: tensors)
+    we_read(llama31, adapter)

@@ -117,6 +117,10 @@ FOLDERS = {
     "tool, single_word": lambda f: save(f, tool={"single_word": True}),
     "tool, normalized, NFC": lambda f: save(f, bpe(normalizer=normalizers.NFC()),
                                             tool={"normalized": True, "lstrip": True}),
+    "tool, normalized, a normalizer that writes what no token has": lambda f: save(
+        f, bpe(normalizer=normalizers.Sequence([
+            normalizers.NFC(), normalizers.Replace(" ", "_"),
+            normalizers.Replace(tokenizers.Regex("[0-9]"), "9")])), tool={"normalized": True}),
     "a normalized token around one that is not": lambda f: save(
         f, flags={"tool": {"special": False, "rstrip": True}}, tool={"normalized": True}),
     "a single word beside another token": lambda f: save(
@@ -167,6 +171,22 @@ FOLDERS = {
     "extra_special_tokens, by name": lambda f: save(
         f, extra_special_tokens={"tool_token": "<tool>"},
         chat_template="{{ tool_token }}" + TEMPLATE),
+    "extra_special_tokens by name beside a list": lambda f: save(
+        f, extra_special_tokens={"tool_token": "[tool]"}, additional_special_tokens=["<tool>"]),
+    "extra_special_tokens, empty, beside a list": lambda f: save(
+        f, extra_special_tokens={}, additional_special_tokens=["<tool>"]),
+    "two lists": lambda f: save(f, extra_special_tokens=["[tool]"],
+                                additional_special_tokens=["<tool>"]),
+    "model_specific_special_tokens": lambda f: save(
+        f, model_specific_special_tokens={"tool_token": "<tool>"},
+        chat_template="{{ tool_token }}" + TEMPLATE),
+    "model_specific_special_tokens with flags": lambda f: save(
+        f, model_specific_special_tokens={"tool_token": {"__type": "AddedToken",
+                                                         **told("<tool>", rstrip=True)}}),
+    "model_specific_special_tokens beside a list": lambda f: save(
+        f, model_specific_special_tokens={"tool_token": "[tool]"}, extra_special_tokens=["<tool>"]),
+    "model_specific_special_tokens beside other names": lambda f: save(
+        f, model_specific_special_tokens={"tool_token": "[tool]"}, image_token="<tool>"),
     "a template with all names": lambda f: save(
         f, unk_token="<u>", sep_token="<p>", cls_token="<c>", mask_token="<m>", pad_token="<q>",
         chat_template="{{ unk_token }}{{ sep_token }}{{ cls_token }}{{ mask_token }}{{ pad_token }}"
@@ -227,6 +247,7 @@ def test_a_folder_has_transformers_ids(tmp_path, name):
 CONTROLS = ["rstrip", "lstrip", "tool", "tool, rstrip", "lower case", "metaspace, always",
             "byte-level with a first space", "added_tokens_decoder gives flags",
             "added_tokens_decoder adds", "names add tokens", "added_tokens.json",
+            "extra_special_tokens by name beside a list", "model_specific_special_tokens",
             "special_tokens_map.json wins"]
 
 
@@ -466,6 +487,46 @@ def test_a_byte_level_tokenizer_json_itself_says_where_a_first_space_is_put(
     assert differing(tmp_path) == []
 
 
+def llama3_like():
+    """A byte-level file that splits digits one by one, as no class of the table below does."""
+    return bpe(pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.Split(tokenizers.Regex("th"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]))
+
+
+OTHER_CLASSES = ("Qwen2Tokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "CohereTokenizer")
+
+
+@pytest.mark.parametrize("name", OTHER_CLASSES)
+def test_of_other_classes_the_file_itself_counts_and_in_transformers_5_the_class(tmp_path, name):
+    """Meant: a model was trained with what its file says, whatever class stands beside it."""
+    save(tmp_path, llama3_like(), tokenizer_class=name)
+    assert differing(tmp_path) != []
+    with_the_class = [Tokenizer(tmp_path).encode_prompt(chat) for chat in CHATS]
+    edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert differing(tmp_path) == []
+    assert [Tokenizer(tmp_path).encode_prompt(chat) for chat in CHATS] == with_the_class
+
+
+def test_code_llamas_file_counts_too_where_it_puts_a_space_behind_added_tokens(
+        tmp_path, model_bytes):
+    for parts, is_another in (("prepend", True), ("first", False)):
+        folder = tmp_path / parts
+        folder.mkdir()
+        save(folder, spm_json(model_bytes, parts), tokenizer_class="CodeLlamaTokenizer")
+        assert (differing(folder) != []) == is_another
+
+
+@pytest.mark.parametrize("name", OTHER_CLASSES)
+def test_of_a_file_that_its_own_class_wrote_both_have_the_same_ids(tmp_path, name):
+    plain = bpe()
+    spec = json.loads(plain.to_str())["model"]
+    tok = getattr(transformers, name)(vocab=spec["vocab"], merges=list(map(tuple, spec["merges"])))
+    save(tmp_path, tok.backend_tokenizer, tokenizer_class=name)
+    assert differing(tmp_path) == []
+
+
 def test_a_model_that_the_class_cannot_hold_is_refused(tmp_path):
     tok = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
     save(tmp_path, tok, tokenizer_class="LlamaTokenizer")
@@ -523,6 +584,39 @@ REFUSED = {  # the folder, and what the sentence names
     "normalized, NFKC, though it is spelt as before": (
         lambda f: save(f, bpe(normalizer=normalizers.NFKC()), tool={"normalized": True}),
         ["normalized", "<tool>"]),
+    "normalized, rstrip, and spaces are replaced": (
+        lambda f: save(f, bpe(normalizer=normalizers.Replace(" ", "_")),
+                       tool={"normalized": True, "rstrip": True}), ["<tool>", "Replace"]),
+    "normalized, lstrip, and spaces are replaced in a sequence": (
+        lambda f: save(f, bpe(normalizer=normalizers.Sequence([
+            normalizers.NFC(), normalizers.Replace(" ", "_")])),
+            tool={"normalized": True, "lstrip": True}), ["<tool>", "Replace"]),
+    "normalized, single_word, and digits are replaced": (
+        lambda f: save(f, bpe(normalizer=normalizers.Replace(tokenizers.Regex("[0-9]"), " ")),
+                       tool={"normalized": True, "single_word": True}), ["<tool>", "Replace"]),
+    "normalized, and another text is made into the token": (
+        lambda f: save(f, bpe(normalizer=normalizers.Replace("[", "<")),
+                       tool={"normalized": True}), ["<tool>", "Replace"]),
+    "normalized, and spaces inside a spelling are taken out": (
+        lambda f: save(f, bpe(normalizer=normalizers.Replace(" ", "")),
+                       tool={"normalized": True}), ["<tool>", "Replace"]),
+    "normalized, and an accent may stand apart": (
+        lambda f: save(f, bpe(normalizer=normalizers.NFC()), flags={
+            "caf\u00e9": {"special": False, "normalized": True}}), ["caf\u00e9", "NFC"]),
+    "two lists of two files": (
+        lambda f: beside(save(f, extra_special_tokens=["<tool>"]), "special_tokens_map.json",
+                         {"extra_special_tokens": ["[tool]"]}),
+        ["<tool>", "[tool]", "special_tokens_map.json", "the same"]),
+    "two lists of two files with other flags": (
+        lambda f: beside(save(f, additional_special_tokens=["<tool>"]), "special_tokens_map.json",
+                         {"additional_special_tokens": [told("<tool>", rstrip=True)]}),
+        ["<tool>", "special_tokens_map.json", "flags"]),
+    "names of their own in two files": (
+        lambda f: beside(save(f, image_token="<tool>"), "special_tokens_map.json",
+                         {"video_token": "[tool]"}),
+        ["<tool>", "[tool]", "special_tokens_map.json"]),
+    "a list by name": (lambda f: save(f, additional_special_tokens={"tool_token": "<tool>"}),
+                       ["additional_special_tokens", "a list"]),
     "another id": (lambda f: save(f, added_tokens_decoder={"3": told("<|user|>")}),
                    ["<|user|>", "id 3", str(N + 2)]),
     "an id with a gap": (lambda f: beside(save(f), "added_tokens.json", {"<tool>": N + 50}),
