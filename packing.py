@@ -4,9 +4,9 @@ A decoder's state at a token depends on that token and on those before it, and o
 where two sequences begin alike, their states there are the same numbers, and one row of the batch
 serves both. Together the sequences form a tree; each of its nodes is one row:
 
-    sequence 0:  A B C D        A(0) - B(1) - C(2) - D(3)       ids  = A B C D E F
-    sequence 1:  A B E                   `--- E(4)              path = 0 1 2 3   0 1 4   0 1 2 5
-    sequence 2:  A B C F                      `- (C) F(5)
+    sequence 0:  A B C D        rows:  A(0) - B(1) - C(2) - D(3)       ids   A B C D E F
+    sequence 1:  A B E                         |      `---- F(5)       path  0 1 2 3  0 1 4  0 1 2 5
+    sequence 2:  A B C F                       `- E(4)
 
 `path` names, for every token of every sequence, its row. Linear layers and norms run on the rows;
 attention gathers queries, keys and values by `path` (model.py, Layout). The gradient is the same
