@@ -17,7 +17,7 @@ the paper's code does (F.mse_loss, HFT_SBR.py:93 of soyoaaa/SBR at 188990b): its
 import torch
 from torch import Tensor
 
-from model import Llama, UserError, to_fp32
+from model import Llama, UserError, to_device, to_fp32
 from packing import pack_sequences
 
 
@@ -57,10 +57,11 @@ def encode(tokenizer, prompts: list[str]) -> list[Tensor]:
 def states(model: Llama, ids: list[Tensor]) -> Tensor:
     """h (K, C) at the last token of each sequence, packed in one pass."""
     packing = pack_sequences(ids)
-    last = packing.last_rows().to(model.device)  # (K,)
+    last = to_device(packing.last_rows(), model.device)  # (K,)
     with FinalNorm(model) as norm:
         # One row, since the logits are not needed.
-        model(packing.ids.to(model.device), packing.seqlens, path=packing.path, rows=last[:1])
+        ids = to_device(packing.ids, model.device)
+        model(ids, packing.seqlens, path=packing.path, rows=last[:1])
         return norm.value[last]
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cli import COUNT, TINY, Parser, exit_code, text
 from device import add_device_flags, capture_cuda_graph, device_and_dtype
 from lora import load_adapter, merge
-from model import Config, Llama, UserError, load_model
+from model import Config, Llama, UserError, load_model, to_device
 from packing import pack_sequences
 from tokenizer import DATE, Tokenizer
 
@@ -152,9 +152,10 @@ class Engine:
         device = self.last.device
         packing = pack_sequences([row.prompt for row in rows[first:]])
         self.cache.slots = torch.arange(first, len(rows), device=device)
-        logits = self.model(packing.ids.to(device), packing.seqlens, path=packing.path,
-                            rows=packing.last_rows().to(device), cache=self.cache)
-        self.cache.length[first:len(rows)] = torch.tensor(packing.seqlens, device=device)
+        logits = self.model(to_device(packing.ids, device), packing.seqlens, path=packing.path,
+                            rows=to_device(packing.last_rows(), device), cache=self.cache)
+        lengths = torch.tensor(packing.seqlens)
+        self.cache.length[first:len(rows)] = to_device(lengths, device)
         self.last[first:len(rows)] = logits[:, :self.n_ids].argmax(-1)
         return self.last[first:len(rows), None].tolist()
 

@@ -457,6 +457,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
+def to_device(x: Tensor, device) -> Tensor:
+    """x, which is on the CPU, on `device`; a copy to CUDA does not make the CPU wait.
+
+    An ordinary copy to CUDA waits until the GPU has done all that it was told before. From
+    page-locked memory the copy is queued behind that work instead, and the CPU goes on.
+    """
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class Layout:
     """Where each row stands: in its sequences, and in attention's right-padded block.
 
@@ -492,14 +503,16 @@ class Layout:
         # The copies of a shared row have the same queries, keys and values before them, so they get
         # the same result; the first one's is kept.
         copy = torch.full((N,), M).scatter_reduce(0, path, torch.arange(M), "amin")
-        self.path = path.to(device)  # (M,) token -> row
-        self.copy = copy.to(device)  # (N,) row -> the first token that it serves
-        self.fill = fill.to(device)  # (B * T,) cell -> row
-        self.cell = cell[copy].to(device)  # (N,) row -> cell
-        self.sequence = sequence.to(device)
-        self.place = place.to(device)
-        self.cu_seqlens = F.pad(end, (1, 0)).to(device, torch.int32)  # (B + 1,) for varlen_attn
-        self.position = place[copy].to(device)  # (N,) for RoPE: a row's tokens have one place
+        self.path = to_device(path, device)  # (M,) token -> row
+        self.copy = to_device(copy, device)  # (N,) row -> the first token that it serves
+        self.fill = to_device(fill, device)  # (B * T,) cell -> row
+        self.cell = to_device(cell[copy], device)  # (N,) row -> cell
+        self.sequence = to_device(sequence, device)
+        self.place = to_device(place, device)
+        # (B + 1,) for varlen_attn
+        self.cu_seqlens = to_device(F.pad(end, (1, 0)).to(torch.int32), device)
+        # (N,) for RoPE: a row's tokens have one place
+        self.position = to_device(place[copy], device)
 
     def cos_sin(self, inv_freq: Tensor, amplitude: float, dtype) -> tuple[Tensor, Tensor]:
         """amplitude times cos and sin of each token's rotary angles, (N, 1, D) each."""
@@ -636,7 +649,7 @@ class Decoder(nn.Module):
             x = x * x.new_full((), self.config.dim ** 0.5)
         if self.inv_freq is None or self.inv_freq.device != x.device:
             # Not a buffer: .to(bf16) would round it, which is wrong by up to 2 in cos at T = 4096.
-            self.inv_freq = rope_inv_freq(self.config).to(x.device)
+            self.inv_freq = to_device(rope_inv_freq(self.config), x.device)
         cos_sin = layout.cos_sin(self.inv_freq, rope_amplitude(self.config), x.dtype)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():  # of the block, x alone is kept

@@ -36,7 +36,7 @@ from data.batches import Batch, Example, encode_rows, generator_of
 from data.rows import read_rows, turn, without_answer
 from generate import generate
 from lora import trainable
-from model import UserError, to_fp32
+from model import UserError, to_device, to_fp32
 
 FIRST_FACTOR = 5  # beta_1 is this times --deepalign-beta
 EARLY_FACTOR = 20  # beta_2 to beta_5 are this times --deepalign-beta
@@ -122,7 +122,8 @@ def make_constrained_step(model, beta: float):
             beta_i = torch.cat([betas(e, beta) for e in pack.examples])  # (R,)
             logp = log_probs(model, pack)
             D = logp - logp_ref
-            w = 2 * torch.sigmoid(-beta_i.to(D.device) * D).detach()  # 2 (1 - sigmoid(beta D))
+            beta_i = to_device(beta_i, batch.device)
+            w = 2 * torch.sigmoid(-beta_i * D).detach()  # 2 (1 - sigmoid(beta D))
             w = w.clamp(min=FLOOR)
             part = -(w * logp).sum() / batch.n_supervised
             part.backward()

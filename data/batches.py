@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import UserError
+from model import UserError, to_device
 from packing import pack_sequences
 
 
@@ -129,13 +129,15 @@ def pack(examples: list[Example], anchors: list[Tensor], device, share: bool = T
     supervised = []
     for example, its_rows in zip(examples, rows[:len(examples)], strict=True):
         supervised.append(its_rows[example.predict])
-    anchor_rows = packing.last_rows()[len(examples):].to(device) if anchors else None
+    anchor_rows = None
+    if anchors:
+        anchor_rows = to_device(packing.last_rows()[len(examples):], device)
     return Pack(
-        ids=packing.ids.to(device),
+        ids=to_device(packing.ids, device),
         path=packing.path,
         seqlens=packing.seqlens,
-        supervised=torch.cat(supervised).to(device),
-        targets=torch.cat([e.targets for e in examples]).to(device),
+        supervised=to_device(torch.cat(supervised), device),
+        targets=to_device(torch.cat([e.targets for e in examples]), device),
         anchor_rows=anchor_rows,
         examples=examples)
 

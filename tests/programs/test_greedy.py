@@ -172,8 +172,8 @@ def test_control_without_one_feature_most_tokens_differ(case):
 
 def test_control_with_decoding_one_position_late_most_tokens_differ(case, monkeypatch):
     class Late(Layout):
-        def __init__(self, seqlens, device, start=None):
-            super().__init__(seqlens, device, None if start is None else start + 1)
+        def __init__(self, seqlens, device, path=None, start=None):
+            super().__init__(seqlens, device, path, None if start is None else start + 1)
 
     monkeypatch.setattr("model.Layout", Late)
     replies = generate(case.model, PROMPTS, MAX_NEW, [], batch_size=8)
