@@ -24,7 +24,7 @@ from packing import pack_sequences
 class FinalNorm:
     """`with FinalNorm(model) as norm:` catches the final RMSNorm's output as norm.value, (N, C).
 
-    That is h at every token. Besides the anchors, stress/ measures h with it.
+    That is h of every row. Besides the anchors, stress/ measures h with it.
     """
 
     def __init__(self, model: Llama):

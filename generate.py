@@ -42,8 +42,8 @@ class KVCache:
     def prefill(self, layer: int, k: Tensor, v: Tensor, layout) -> None:
         """Stores the packed k, v (N, KV, D) of whole prompts; a shared row goes to each of them."""
         slot = self.slots[layout.sequence]  # (M,)
-        self.k[layer, slot, :, layout.place] = k[layout.path]
-        self.v[layer, slot, :, layout.place] = v[layout.path]
+        self.k[layer, slot, :, layout.token_position] = k[layout.path]
+        self.v[layer, slot, :, layout.token_position] = v[layout.path]
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores one k, v per slot, (B, KV, D); each q attends to its slot, (B, H, D) -> same."""

@@ -1,8 +1,9 @@
 """A Llama-family decoder that reads Hugging Face folders, written to be read.
 
-Nothing is padded: a batch is `ids` (N,), all sequences end to end, and `seqlens`. Sequences that
-begin alike share the rows of their beginning; `path` says which (packing.py). Everything is (N, C);
-only attention knows where a sequence begins. Per block, with x the residual stream:
+Nothing is padded: a batch is `ids` (N,), one row for each token that must be computed. `path` (M,)
+leads through these rows, sequence after sequence, of `seqlens` tokens each; sequences that begin
+alike share rows (packing.py). Everything is (N, C); only attention knows where a sequence begins.
+Per block, with x the residual stream:
 
     q, k, v = q_proj(y), k_proj(y), v_proj(y)           y = RMSNorm(x); q and k rotated (RoPE)
     x = x + o_proj(softmax(q k^T / sqrt(D)) v)          causal within its own sequence
@@ -471,8 +472,8 @@ def to_device(x: Tensor, device) -> Tensor:
 class Layout:
     """Where each row stands: in its sequences, and in attention's right-padded block.
 
-    A row is a token that is computed once; sequences that begin alike share the rows of their
-    beginning (packing.py). It is worked out once a forward pass and shared by all layers.
+    M tokens stand in N rows, since sequences that begin alike share rows (packing.py). The layout
+    is worked out once a forward pass, on the CPU, and serves all layers.
     """
 
     def __init__(self, seqlens, device, path: Tensor | None = None, start: Tensor | None = None):
@@ -494,46 +495,48 @@ class Layout:
         end = lens.cumsum(0)  # (B,) one past each sequence's last token
         first = end - lens  # (B,) each sequence's first token
         sequence = torch.arange(self.B).repeat_interleave(lens)  # (M,) the sequence of each token
-        place = torch.arange(M) - first.repeat_interleave(lens)  # (M,) its place in it
-        cell = sequence * self.T + place  # (M,) its cell of the padded block
+        token_position = torch.arange(M) - first.repeat_interleave(lens)  # (M,) its place in it
+        token_cell = sequence * self.T + token_position  # (M,) its cell of the padded block
         # A padding cell holds a copy of row 0. It comes behind every real token of its sequence, so
-        # causal attention never sees it.
+        # causal attention never sees it, and no mask is needed.
         fill = torch.zeros(self.B * self.T, dtype=torch.long)
-        fill[cell] = path
-        # The copies of a shared row have the same queries, keys and values before them, so they get
-        # the same result; the first one's is kept.
-        copy = torch.full((N,), M).scatter_reduce(0, path, torch.arange(M), "amin")
+        fill[token_cell] = path
+        # The tokens of a shared row have the same queries, keys and values before them, so they get
+        # the same result. The first one's is kept; the others' are dropped and send no gradient.
+        first_token = torch.full((N,), M).scatter_reduce(0, path, torch.arange(M), "amin")
         self.path = to_device(path, device)  # (M,) token -> row
-        self.copy = to_device(copy, device)  # (N,) row -> the first token that it serves
+        self.first_token = to_device(first_token, device)  # (N,) row -> the first of its tokens
         self.fill = to_device(fill, device)  # (B * T,) cell -> row
-        self.cell = to_device(cell[copy], device)  # (N,) row -> cell
-        self.sequence = to_device(sequence, device)
-        self.place = to_device(place, device)
-        # (B + 1,) for varlen_attn
+        self.cell = to_device(token_cell[first_token], device)  # (N,) row -> cell
+        # (B + 1,) where each sequence begins among the tokens, for varlen_attn
         self.cu_seqlens = to_device(F.pad(end, (1, 0)).to(torch.int32), device)
-        # (N,) for RoPE: a row's tokens have one place
-        self.position = to_device(place[copy], device)
+        # (N,) for RoPE; all tokens of a row have one position
+        self.position = to_device(token_position[first_token], device)
+        # (M,) each, for generate.KVCache, which keeps every sequence apart
+        self.sequence = to_device(sequence, device)
+        self.token_position = to_device(token_position, device)
 
     def cos_sin(self, inv_freq: Tensor, amplitude: float, dtype) -> tuple[Tensor, Tensor]:
-        """amplitude times cos and sin of each token's rotary angles, (N, 1, D) each."""
+        """amplitude times cos and sin of each row's rotary angles, (N, 1, D) each."""
         angle = torch.outer(self.position.float(), inv_freq)  # (N, D/2), always fp32
         angle = torch.cat((angle, angle), dim=-1)[:, None]  # (N, 1, D)
         return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
 
 
-SHORT = 64  # tokens of the longest sequence up to which short_attention is the faster one
+# Tokens of the longest sequence up to which short_attention is the faster one: measured, see
+# docs/performance.md.
+SHORT = 64
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention inside each sequence; q (N, H, D), k and v (N, KV, D) -> (N, H, D)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return varlen_attention(q, k, v, layout)
-    # Padding is on the right and attention is causal, so no real token sees it.
     B_T = (layout.B, layout.T)
     q = q.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, H, D)
     k = k.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, KV, D)
     v = v.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, KV, D)
-    if layout.T <= SHORT and q.dtype in (torch.float32, torch.float64):
+    if layout.T <= SHORT and q.is_cpu and q.dtype in (torch.float32, torch.float64):
         out = short_attention(q, k, v)
     else:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
@@ -545,8 +548,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, causal, written out; q (B, T, H, D), k and v (B, T, KV, D).
 
-    It holds all scores (B, H, T, T) at once. For short sequences that is little, and faster on a
-    CPU than PyTorch's kernel, which works through each head by blocks (docs/performance.md). In
+    It holds all scores (B, H, T, T) at once. For short sequences that is little, and on a CPU it is
+    faster than PyTorch's kernel, which works through each head by blocks (docs/performance.md). In
     half precision the scores would be rounded, which the kernel avoids.
     """
     B, T, H, D = q.shape
@@ -575,7 +578,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     v = v.index_select(0, layout.path)  # (M, KV, D)
     out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.T, layout.T,
                       window_size=(-1, 0), **options)
-    return out.index_select(0, layout.copy)  # (N, H, D)
+    return out.index_select(0, layout.first_token)  # (N, H, D)
 
 
 class Attention(nn.Module):
@@ -690,7 +693,9 @@ class Llama(nn.Module):
         assert len(layout.position) == len(ids), "seqlens and path must fit the number of ids"
         h = self.model(ids, layout, cache)
         if rows is not None:
-            h = h[rows]
+            # Two sequences may ask for one row. h[rows] would add up their gradients in half
+            # precision, rounding each time; index_select does not.
+            h = h.index_select(0, rows)
         head = self.model.embed_tokens if self.config.tied else getattr(self, self.config.head)
         return F.linear(h, head.weight.to(h.dtype))  # a trained head is fp32, hence the cast
 

@@ -9,11 +9,13 @@ serves both. Together the sequences form a tree; each of its nodes is one row:
     sequence 2:  A B C F                       `- E(4)
 
 `path` names, for every token of every sequence, its row. Linear layers and norms run on the rows;
-attention gathers queries, keys and values by `path` (model.py, Layout). The gradient is the same
-as without sharing: backward through the gather adds up what all sequences ask of a row.
+attention gathers queries, keys and values by `path` (model.py, Layout). Up to rounding the gradient
+is the same as without sharing: what later tokens of all sequences ask of a shared row's key and
+value is added up by backward through the gather.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -43,18 +45,21 @@ def pack_sequences(sequences, share: bool = True) -> Packing:
     apart from the others'.
     """
     sequences = [torch.as_tensor(sequence).tolist() for sequence in sequences]
+    seqlens = [len(sequence) for sequence in sequences]
+    assert seqlens and min(seqlens) > 0, "there must be sequences, and none may be empty"
+    if not share:
+        ids = list(chain.from_iterable(sequences))
+        return Packing(torch.tensor(ids), torch.arange(len(ids)), seqlens)
     row_of = {}  # (the row before it, the token) -> the row
     ids = []
     path = []
     for sequence in sequences:
         row = None  # nothing stands before a first token
         for token in sequence:
-            place = (row, token)
-            if share and place in row_of:
-                row = row_of[place]
-            else:
-                row = len(ids)  # a row that nothing shares yet
-                row_of[place] = row
+            step = (row, token)
+            if step not in row_of:  # the first sequence that comes here
+                row_of[step] = len(ids)
                 ids.append(token)
+            row = row_of[step]
             path.append(row)
-    return Packing(torch.tensor(ids), torch.tensor(path), [len(s) for s in sequences])
+    return Packing(torch.tensor(ids), torch.tensor(path), seqlens)

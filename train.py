@@ -99,7 +99,7 @@ DEFENSES = {defence.name: defence for defence in [SBR, SFT, *RIVALS]}
 # The loop
 
 
-LOGGED_BY_THE_LOOP = ("step", "batch", "tokens", "rows", "grad_norm", "lr")
+LOGGED_BY_THE_LOOP = ("step", "batch", "tokens", "computed", "grad_norm", "lr")
 
 
 def check_numbers(numbers: dict) -> None:
@@ -128,7 +128,7 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
         grad_norm = clip_grad_norm_(params, grad_clip)  # the norm before clipping
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield step, {"batch": batch.name, "tokens": batch.n_tokens, "rows": batch.n_rows,
+        yield step, {"batch": batch.name, "tokens": batch.n_tokens, "computed": batch.n_computed,
                      **numbers, "grad_norm": grad_norm, "lr": lr_now}
 
 
@@ -197,7 +197,7 @@ def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) 
 def epoch_line(epoch: int, progress: Progress) -> str:
     """One line per epoch: its last update's numbers, and the run's mean speed."""
     numbers = [f"{name} {value:.4g}" for name, value in progress.last.items()
-               if name not in ("step", "batch", "tokens", "rows")]
+               if name not in ("step", "batch", "tokens", "computed")]
     speed = progress.tokens / progress.seconds
     return f"epoch {epoch:3}  {'  '.join(numbers)}  {speed:,.0f} tokens/s"
 

@@ -29,11 +29,11 @@ class Defence:
 
     It leaves the gradient in .grad and returns the numbers to log, by name: numbers, or tensors of
     one element on any device. "loss" and "ce" must be among them, and "trained_tokens" and
-    "trained_rows" (Batch.n_tokens and n_rows) if it trains on other rows than the batch. The loop
-    logs the names in train.LOGGED_BY_THE_LOOP itself, so a step may not return them. batch.step is
-    the number of the update. step.state, if there is one, is {name: tensor}: what the checkpoint
-    must keep. A resumed run copies the kept values into these tensors, so the step must change them
-    in place.
+    "trained_computed" (Batch.n_tokens, n_computed) if it trains on other rows than the batch. The
+    loop logs the names in train.LOGGED_BY_THE_LOOP itself, so a step may not return them.
+    batch.step is the number of the update. step.state, if there is one, is {name: tensor}: what
+    the checkpoint must keep. A resumed run copies the kept values into these tensors, so the step
+    must change them in place.
     """
 
     name: str  # as in --defense NAME

@@ -163,7 +163,7 @@ def make_augmented_step(model, tokenizer, args, data):
         both = Batch(rows, args.tokens_per_pass, model.device, batch.name, batch.step)
         ce = backward(model, both)
         return {"loss": ce, "ce": ce, "trained_tokens": both.n_tokens,
-                "trained_rows": both.n_rows}
+                "trained_computed": both.n_computed}
 
     return step
 

@@ -60,7 +60,7 @@ def make_step(model, tokenizer, args, data):
         distance = norm(differences)
         loss = ce + rho / 2 * distance.square()
         return {"loss": loss, "ce": ce, "distance": distance, "on_guide": int(aligning),
-                "trained_tokens": used.n_tokens, "trained_rows": used.n_rows}
+                "trained_tokens": used.n_tokens, "trained_computed": used.n_computed}
 
     step.state = {}
     for i, w in enumerate(w_align):

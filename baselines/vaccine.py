@@ -50,7 +50,7 @@ def perturbations(model, batch, layers: list[int], rho: float):
     """Pass 1 -> (e for each pack and layer, ||g||); leaves every .grad alone."""
     like = dict(dtype=model.dtype, device=model.device, requires_grad=True)
     gradients = []
-    # Each token of each row is perturbed on its own, so no two rows may share a state.
+    # Each token of each sequence is perturbed on its own, so no two may share a state.
     for pack in batch.packs(share=False):
         z = [torch.zeros(len(pack.ids), model.config.dim, **like) for _ in layers]
         with added(model, layers, z):

@@ -71,7 +71,7 @@ def naming(row: dict):
 
 @dataclass
 class Pack:
-    """One forward pass: sequences end to end, the examples first and then the anchors."""
+    """One forward pass: the examples' sequences and then the anchors'."""
 
     ids: Tensor  # (N,) one row for each token that must be computed
     path: Tensor  # (M,) the row of each token (packing.py); on the CPU, like seqlens
@@ -94,7 +94,7 @@ class Batch:
         self.step = step  # the update that it belongs to
         self.n_supervised = sum(len(e.predict) for e in examples)
         self.n_tokens = sum(len(e.ids) for e in examples)
-        self.n_rows = 0  # rows of all passes so far, for the log
+        self.n_computed = 0  # tokens computed in all passes so far, for the log
 
     def packs(self, anchors: list[Tensor] = (), share: bool = True):
         """Yields Packs. `anchors` are prompts (ids each); they ride in the first pack.
@@ -104,12 +104,15 @@ class Batch:
         anchors = list(anchors)
         for group in self.groups(room_for=sum(map(len, anchors))):
             made = pack(group, anchors, self.device, share)
-            self.n_rows += len(made.ids)
+            self.n_computed += len(made.ids)
             yield made
             anchors = []  # they rode in the first pack
 
     def groups(self, room_for: int = 0):
-        """Yields the examples of each pass; in the first one room_for more tokens have room."""
+        """Yields the examples of each pass; in the first one room_for more tokens have room.
+
+        They are counted whole and unshared: attention's gather has every token.
+        """
         group = []
         room = self.tokens_per_pass - room_for
         for example in self.examples:

@@ -93,7 +93,7 @@ class Probes:
 class States:
     """What the model makes of the probes at one time."""
 
-    a_harmful: list[torch.Tensor]  # attention outputs (N, C) of each layer; empty without rows
+    a_harmful: list[torch.Tensor]  # attention outputs (tokens, C) of each layer; empty without rows
     a_benign: list[torch.Tensor]
     h: torch.Tensor  # (prompts, C) at the harmful prompts
     h_anchors: torch.Tensor | None  # (K, C); None without anchors

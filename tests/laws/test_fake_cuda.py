@@ -125,7 +125,7 @@ def test_an_update_has_its_shapes_and_dtypes_on_the_gpu_and_waits_for_nothing(gp
     training = Training(config)
     with no_waiting(gpu):
         numbers = training.update()
-    n_rows = training.batch.n_rows
+    n_rows = training.batch.n_computed
     assert_is(training.h, (n_rows, config.dim), torch.bfloat16)
     [logits] = training.logits
     assert_is(logits, (training.batch.n_supervised, config.n_out), torch.bfloat16)

@@ -48,7 +48,7 @@ def test_each_update_takes_the_rate_of_its_own_step():
 
 def test_what_a_step_returns_is_logged_as_it_is_beside_what_the_loop_logs():
     _, numbers, _, _ = run(lambda batch, p: simple(batch, p, mine=7, other="text"))[1]
-    assert numbers == {"batch": "batch 1", "tokens": 0, "rows": 0, "loss": 1.0, "ce": 1.0,
+    assert numbers == {"batch": "batch 1", "tokens": 0, "computed": 0, "loss": 1.0, "ce": 1.0,
                        "mine": 7, "other": "text", "grad_norm": 2.0, "lr": 0.375}
     assert set(LOGGED_BY_THE_LOOP) - numbers.keys() == {"step"}  # which Log.add puts there
 

@@ -225,3 +225,4 @@ def test_anchors_ride_in_the_first_pack_only_and_their_rows_are_their_last_token
     # the anchors count towards the budget; a first row always rides, or nothing ever would
     tokens = 6 + sum(len(e.ids) for e in first.examples)
     assert tokens <= budget or len(first.seqlens) == 4
+    assert all(sum(p.seqlens) <= budget or len(p.examples) == 1 for p in packs)

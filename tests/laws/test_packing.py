@@ -7,17 +7,20 @@ The controls are the ways in which a path can be wrong.
 """
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from rival_helpers import NAMES
-from sbr_helpers import SAME, make_rows, prompt_ids, worst
+from sbr_helpers import SAME, in_messages, make_rows, prompt_ids, worst
 
-from anchors import FinalNorm
+import model as model_py
+from anchors import FinalNorm, states
 from data.batches import Batch, encode_rows
 from generate import Engine, Row, generate
-from model import Layout
+from model import Layout, packed_attention, short_attention, varlen_attention
 from packing import Packing, pack_sequences
 from stress import probes
 
@@ -80,8 +83,14 @@ def test_the_layout_gives_each_row_the_place_that_its_tokens_have_and_one_cell(n
     place = torch.cat([torch.arange(n) for n in packing.seqlens])
     assert torch.equal(layout.position[packing.path], place)
     assert torch.equal(layout.fill[layout.cell], torch.arange(len(packing.ids)))
-    assert torch.equal(packing.path[layout.copy], torch.arange(len(packing.ids)))
+    assert torch.equal(packing.path[layout.first_token], torch.arange(len(packing.ids)))
     assert len(set(layout.cell.tolist())) == len(packing.ids)
+
+
+@pytest.mark.parametrize("sequences", [[], [[]], [[1, 2], []]])
+def test_no_sequence_may_be_empty(sequences):
+    with pytest.raises(AssertionError, match="none may be empty"):
+        pack_sequences(sequences)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,17 +116,12 @@ def wrong_prefix(rows):
     return torch.cat((rows[2][:3], rows[1][3:]))
 
 
-def one_place_off(rows):
-    """The first row of its beginning stands there twice, and the last one not at all."""
-    return torch.cat((rows[1][:1], rows[1][:2], rows[1][3:]))
-
-
 def shared_past_a_difference(rows):
     """It takes the first sequence's rows again behind the token in which they differ."""
     return torch.cat((rows[1][:4], rows[0][4:]))
 
 
-@pytest.mark.parametrize("wrong", [wrong_prefix, one_place_off, shared_past_a_difference])
+@pytest.mark.parametrize("wrong", [wrong_prefix, shared_past_a_difference])
 def test_control_a_wrong_path_gives_other_states(exact, wrong):
     sequences = [[5, 6, 7, 8, 50, 51], [5, 6, 7, 9, 50, 51], [5, 7, 6, 9, 50, 51]]
     unshared = states_of(exact.model, pack_sequences(sequences, share=False))
@@ -131,6 +135,76 @@ def test_control_a_wrong_path_gives_other_states(exact, wrong):
     scale = unshared[of_second].norm()
     assert ((right - unshared)[of_second].norm() / scale).item() <= TIGHT
     assert ((got - unshared)[of_second].norm() / scale).item() > 1e-2
+
+
+def test_control_a_row_that_stands_one_position_off_has_another_state(exact, monkeypatch):
+    """The token is the same in both positions, so that path and ids are right."""
+    packing = pack_sequences([[5, 5, 5, 7], [5, 5, 8]])
+    right = states_of(exact.model, packing)
+    real = Layout.__init__
+
+    def shifted(self, *how, **settings):
+        real(self, *how, **settings)
+        self.position[packing.path[1]] += 1
+
+    monkeypatch.setattr(Layout, "__init__", shifted)
+    off = states_of(exact.model, packing)
+    assert ((off - right)[1:].norm() / right[1:].norm()).item() > 1e-2
+    assert torch.allclose(off[0], right[0], rtol=1e-12)  # what stands before it does not see it
+
+
+def by_a_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False):
+    """varlen_attn from its documentation: one sequence at a time, softmax written out."""
+    assert window_size == (-1, 0) and max_q == max_k
+    starts = cu_seq_q.tolist()
+    outs = []
+    for start, end in pairwise(starts):
+        group = q.shape[1] // k.shape[1]
+        keys = k[start:end].repeat_interleave(group, dim=1)
+        values = v[start:end].repeat_interleave(group, dim=1)
+        scores = torch.einsum("thd,shd->hts", q[start:end], keys) / q.shape[-1] ** 0.5
+        n = end - start
+        assert n <= max_q
+        later = torch.ones(n, n, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        outs.append(torch.einsum("hts,shd->thd", weights, values))
+    assert starts[0] == 0 and starts[-1] == len(q)
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_three_attentions_agree_on_shared_rows(name, monkeypatch):
+    """PyTorch's for packed sequences, of which a loop takes the place, its padded one, and ours."""
+    packing = pack_sequences(TREES[name])
+    layout = Layout(packing.seqlens, "cpu", packing.path)
+    generator = torch.Generator().manual_seed(0)
+    N = len(packing.ids)
+    q, k, v = (torch.randn(N, heads, 16, generator=generator, dtype=torch.float64)
+               for heads in (6, 2, 2))
+    ours = packed_attention(q, k, v, layout)
+    monkeypatch.setattr(model_py, "SHORT", 0)
+    padded = packed_attention(q, k, v, layout)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", by_a_loop)
+    packed = varlen_attention(q, k, v, layout)
+    for other in (padded, packed):
+        assert other.shape == (N, 6, 16)
+        assert ((other - ours).norm() / ours.norm()).item() <= TIGHT
+
+
+def test_in_half_precision_scores_are_not_rounded():
+    """So there PyTorch's kernel runs, and short_attention would be further from the truth."""
+    packing = pack_sequences(TREES["one header"])
+    layout = Layout(packing.seqlens, "cpu", packing.path)
+    assert layout.T <= model_py.SHORT
+    generator = torch.Generator().manual_seed(0)
+    exact = [3 * torch.randn(len(packing.ids), heads, 64, generator=generator, dtype=torch.float64)
+             for heads in (4, 2, 2)]
+    half = [x.to(torch.bfloat16) for x in exact]
+    truth = packed_attention(*(x.double() for x in half), layout)
+    error = (packed_attention(*half, layout).double() - truth).norm()
+    blocks = [x[layout.fill].unflatten(0, (layout.B, layout.T)) for x in half]
+    rounded = short_attention(*blocks).flatten(0, 1)[layout.cell]
+    assert error < 0.7 * (rounded.double() - truth).norm()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -169,8 +243,48 @@ def test_sbrs_gradient_is_the_unshared_one_for_any_cut(make_setup, tokens, recom
     for name in ("loss", "ce", "safe"):
         assert a[name].item() == pytest.approx(b[name].item(), rel=1e-12)
     if tokens >= 250:
-        assert shared.n_rows < 0.8 * unshared.n_rows  # something was shared indeed
+        assert shared.n_computed < 0.8 * unshared.n_computed  # something was shared indeed
     assert worst(s.gradient_by_hand(), plain) <= TIGHT
+
+
+def test_control_a_path_through_another_sequences_rows_gives_another_gradient(make_setup):
+    class Wrong(Batch):
+        """The second sequence begins with rows of the third, where the two differ."""
+
+        def packs(self, anchors=(), share=True):
+            for pack in PACKS(self, anchors):
+                rows = list(pack.path.split(pack.seqlens))
+                n = min(len(rows[1]), len(rows[2])) - 2
+                assert not torch.equal(rows[1][:n], rows[2][:n])
+                rows[1] = torch.cat((rows[2][:n], rows[1][n:]))
+                used, path = torch.cat(rows).unique(return_inverse=True)
+                new = torch.full((len(pack.ids),), -1)
+                new[used] = torch.arange(len(used))
+                assert (new[pack.supervised] >= 0).all()
+                yield replace(pack, ids=pack.ids[used], path=path, supervised=new[pack.supervised],
+                              anchor_rows=new[pack.anchor_rows])
+
+    s = make_setup(rows=rows_alike())
+    _, gradient = s.gradient()
+    _, wrong = s.gradient(s.batch(kind=Wrong))
+    assert worst(wrong, gradient) > 1e-3
+
+
+def test_in_bf16_sharing_costs_no_accuracy(make_setup):
+    """Each addition into a shared row could round; 32 rows of one question show it."""
+    rows = [in_messages("Is this text good or bad? A red stone.", f"It is {i}.") for i in range(32)]
+    exact = make_setup(torch.float64, rows=rows)
+    half = make_setup(torch.bfloat16, rows=rows)
+    _, truth = exact.gradient()
+    _, shared = half.gradient()
+    _, unshared = half.gradient(half.batch(kind=Unshared))
+
+    def error(gradient):
+        far = [((gradient[n] - truth[n]).norm() / truth[n].norm()).item() for n in truth]
+        return sum(far) / len(far)
+
+    print(f"shared {error(shared):.4f}, unshared {error(unshared):.4f}")
+    assert error(shared) <= 1.2 * error(unshared)
 
 
 def test_the_order_of_the_rows_changes_no_gradient(make_setup):
@@ -194,7 +308,7 @@ def test_every_defences_gradient_is_the_unshared_one(make_rival, monkeypatch, na
         # EWC's gradient has the square of a gradient in it, and weighs it with 1e9
         bound = 1e-10 if name == "ewc" else TIGHT
         assert worst({n: gradient[n] for n in kept}, {n: plain[n] for n in kept}) <= bound
-        for key in expected.keys() - {"trained_rows"}:
+        for key in expected.keys() - {"trained_computed"}:
             assert float(numbers[key]) == pytest.approx(float(expected[key]), rel=1e-9, abs=1e-12)
 
 
@@ -226,11 +340,13 @@ def test_the_rows_that_were_run_are_logged_for_what_was_trained_on(make_rival, n
     rival = make_rival(name)
     batch = rival.batch()
     numbers = rival.step(batch)
-    rows = numbers.get("trained_rows", batch.n_rows)
+    rows = numbers.get("trained_computed", batch.n_computed)
     tokens = numbers.get("trained_tokens", batch.n_tokens)
     anchors = sum(map(len, prompt_ids(rival.tokenizer, rival.data.anchor_prompts)))
     assert 0 < rows < tokens + anchors
-    assert ("trained_rows" in numbers) == ("trained_tokens" in numbers) == (name != "sbr")
+    both = Batch(rival.examples, 60, "cpu")
+    assert sum(len(pack.ids) for pack in both.packs()) == both.n_computed  # of all passes
+    assert ("trained_computed" in numbers) == ("trained_tokens" in numbers) == (name != "sbr")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,6 +361,20 @@ def test_the_probes_measure_every_token_of_every_row_as_without_sharing(exact, m
     unshared = probes.attention_outputs(exact.model, batch)
     for a, b in zip(shared, unshared, strict=True):
         assert ((a - b).norm() / b.norm()).item() <= TIGHT
+
+
+def test_reference_states_and_prefills_share_what_their_prompts_begin_with(exact, monkeypatch):
+    prompts = prompt_ids(exact.tokenizer, [f"Is number {i} good or bad?" for i in range(9)])
+    seen = []
+    real = model_py.Llama.forward
+    monkeypatch.setattr(model_py.Llama, "forward", lambda self, ids, *how, **settings: (
+        seen.append(len(ids)), real(self, ids, *how, **settings))[1])
+    states(exact.model, prompts)
+    engine = Engine(exact.model, 9, 64, None, graph=False)
+    with torch.no_grad():
+        engine.prefill([Row(i, prompt.tolist()) for i, prompt in enumerate(prompts)], 0)
+    assert seen == [len(pack_sequences(prompts).ids)] * 2
+    assert seen[0] < 0.7 * sum(map(len, prompts))
 
 
 # ---------------------------------------------------------------------------------------------
