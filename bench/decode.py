@@ -2,10 +2,11 @@
 
     python -m bench.decode --repeats 5 --json docs/results/decode.json
 
-Three arms in one process, in turn: generate.py (packed prefill, refilled slots, no padding);
+Four arms in one process, in turn: generate.py (packed prefill, refilled slots, no padding);
 transformers one prompt at a time, as the papers' scripts do; transformers in left-padded batches,
-sorted by length, at the best of the batch sizes tried. Same weights, same stop ids, same dtype; an
-arm counts only if its tokens are ours. Seconds are medians over the repeats, ratios to ours.
+sorted by length; transformers' continuous batching, which refills as well. The last two at the best
+of the batch sizes tried. Same weights, same stop ids, same dtype; an arm counts only if its tokens
+are ours. Seconds are medians over the repeats, ratios to ours.
 """
 
 import json
@@ -23,6 +24,8 @@ from generate import generate
 from model import load_model
 from tokenizer import Tokenizer
 
+PAGE = 32  # tokens for which transformers' continuous batching takes memory at once
+
 
 def transformers_replies(hf, prompts, max_new, stop_ids, batch_size):
     """Greedy replies by generate(), each without its stop id, in left-padded batches."""
@@ -36,9 +39,36 @@ def transformers_replies(hf, prompts, max_new, stop_ids, batch_size):
         out = hf.generate(ids, attention_mask=mask, max_new_tokens=max_new, do_sample=False,
                           eos_token_id=stop_ids, pad_token_id=stop_ids[0])
         for i, row in zip(chosen, out[:, T:].tolist(), strict=True):
-            end = next((j for j, token in enumerate(row) if token in stop_ids), len(row))
-            replies[i] = row[:end]
+            replies[i] = until_stop(row, stop_ids)
     return replies
+
+
+def continuous_replies(hf, prompts, max_new, stop_ids, batch_size):
+    """The same by generate_batch(), which gives each finished prompt's place to the next one.
+
+    Its cache has just the pages that batch_size prompts need. Left to itself it takes most of the
+    free memory, and on a CPU its attention then reads all of that.
+    """
+    import transformers
+
+    options = transformers.GenerationConfig(max_new_tokens=max_new, do_sample=False,
+                                            eos_token_id=stop_ids, pad_token_id=stop_ids[0])
+    pages = (max(map(len, prompts)) + max_new) // PAGE + 1
+    cache = transformers.ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=pages * batch_size, max_batch_tokens=256,
+        max_requests_per_batch=batch_size)
+    out = hf.generate_batch(prompts, generation_config=options, continuous_batching_config=cache,
+                            warmup=False)
+    replies = []
+    for i in range(len(prompts)):
+        replies.append(until_stop(out[f"req_{i}"].generated_tokens, stop_ids))
+    return replies
+
+
+def until_stop(row: list[int], stop_ids) -> list[int]:
+    """A reply without its stop id and what stands behind it."""
+    end = next((j for j, token in enumerate(row) if token in stop_ids), len(row))
+    return row[:end]
 
 
 def parse(argv=None):
@@ -70,6 +100,9 @@ def execute(args) -> None:
                 hf, prompts, args.max_new, tokenizer.stop_ids, 1)}
     for size in args.batch_sizes:
         arms[f"transformers, batches of {size}"] = lambda size=size: transformers_replies(
+            hf, prompts, args.max_new, tokenizer.stop_ids, size)
+    for size in args.batch_sizes:
+        arms[f"transformers, continuous, {size}"] = lambda size=size: continuous_replies(
             hf, prompts, args.max_new, tokenizer.stop_ids, size)
     seconds, replies = {name: [] for name in arms}, {}
     for _ in range(args.repeats):
