@@ -37,7 +37,7 @@ import torch
 
 from bench.arms import ARMS, REFERENCE, Arm, Work, read_work
 from cli import COUNT, POSITIVE, TINY, Args, Parser, RunFailed, at_least, exit_code
-from device import add_device_flags, device_and_dtype, peak_bytes
+from device import device_and_dtype, peak_bytes
 from files import model_files, sha256, write_atomic
 from lora import adapted, add_lora, save_adapter
 from model import UserError, load_model
@@ -390,7 +390,9 @@ def parse(argv=None) -> Args:
     p.add_argument("--arm", choices=(*ARMS, "reference"), help="how the program starts itself "
                                                                "for each arm; needs --folder")
     p.add_argument("--folder", help="where the program that starts --arm has its adapter")
-    add_device_flags(p)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="of the model; adapters are fp32 (default: bfloat16 on CUDA, else float32)")
     args = p.parse_args(argv).replace(**FIXED)
     if args.arm and not args.folder:
         p.error("--arm is for the program itself and needs --folder; --arms chooses which to time")
