@@ -37,7 +37,7 @@ import torch
 
 from bench.arms import ARMS, REFERENCE, Arm, Work, read_work
 from cli import COUNT, POSITIVE, TINY, Args, Parser, RunFailed, at_least, exit_code
-from device import add_device_flags, device_and_dtype, peak_bytes
+from device import device_and_dtype, peak_bytes
 from files import model_files, sha256, write_atomic
 from lora import adapted, add_lora, save_adapter
 from model import UserError, load_model
@@ -49,7 +49,8 @@ N_COMPARED = 5  # losses of each arm that must be the reference's
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # how far they may be from it, relative
 # What is not a flag here: train.py's defaults.
 FIXED = {"n": 1000, "poison": 0.1, "stage": None, "data": None, "reduction": "mean",
-         "max_len": 512, "tokens_per_pass": 16384, "grad_clip": 1.0, "seed": 0}
+         "max_len": 512, "grad_clip": 1.0, "seed": 0}
+OF_THE_WORK = ("task", "rows", "anchors", "lam", "lr", "updates", "rounds", "tokens_per_pass")
 NOT_RUN = {"trl": "TRL's SFTTrainer was not run, since there was no installation to try it on."}
 B_BOUND = 0.003  # of |B| at the start; about what the paper's 640 updates make of it
 ADAPTER = "adapter"  # in the folder that parent and child share: A of every arm
@@ -188,8 +189,7 @@ def run_parent(args: Args, argv: list[str]) -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "model": {"name": without_folder(args.model), "parameters": n_parameters,
                   "sha256": sha256(*model_files(args.model))},
-        "work": {name: getattr(args, name) for name in
-                 ("task", "rows", "anchors", "lam", "lr", "updates", "rounds", *FIXED)},
+        "work": {name: getattr(args, name) for name in (*OF_THE_WORK, *FIXED)},
         "tolerance": tolerance,
         "reference": expected,
         "arms": arms,
@@ -377,6 +377,8 @@ def parse(argv=None) -> Args:
                    help="weight of L_safe")
     p.add_argument("--lr", type=POSITIVE, default=1e-4,
                    help="high, so that L_safe shows in the losses that are compared")
+    p.add_argument("--tokens-per-pass", type=COUNT, default=16384,
+                   help="of this project's arms: less memory, the same gradient")
     p.add_argument("--updates", type=at_least(int, N_COMPARED - 1), default=20,
                    help="timed, behind one that warms up")
     p.add_argument("--rounds", type=COUNT, default=3)
@@ -388,7 +390,9 @@ def parse(argv=None) -> Args:
     p.add_argument("--arm", choices=(*ARMS, "reference"), help="how the program starts itself "
                                                                "for each arm; needs --folder")
     p.add_argument("--folder", help="where the program that starts --arm has its adapter")
-    add_device_flags(p)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="of the model; adapters are fp32 (default: bfloat16 on CUDA, else float32)")
     args = p.parse_args(argv).replace(**FIXED)
     if args.arm and not args.folder:
         p.error("--arm is for the program itself and needs --folder; --arms chooses which to time")
