@@ -1,6 +1,6 @@
 """The CUDA path on a pretended GPU: shapes, dtypes, devices, and where the CPU waits.
 
-    pytest tests/laws/test_fake_cuda.py -q
+    pytest tests/programs/test_fake_cuda.py -q
 
 No number is computed there (fake_gpu.py), so this says nothing of values, of speed or of kernels;
 docs/performance.md lists what is left for a real one.
