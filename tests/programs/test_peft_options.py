@@ -30,7 +30,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 import peft_format
-from lora import adapted, load_adapter, save_adapter
+from lora import adapted, adapter_state, load_adapter, save_adapter
 from model import UserError, load_model
 
 peft = pytest.importorskip("peft", reason="the reference; see requirements-dev.txt")
@@ -526,4 +526,7 @@ def test_an_adapter_whose_scale_stands_elsewhere_is_refused(llama31, adapter, dt
 
 def test_control_the_same_adapter_unchanged_is_read(llama31, adapter):
     rewrite(adapter, lambda tensors: tensors)
-    we_read(llama31, adapter)
+    model = we_read(llama31, adapter)
+    as_in_the_file = load_file(adapter / "adapter_model.safetensors")
+    assert adapter_state(model).keys() == as_in_the_file.keys()
+    assert all(torch.equal(adapter_state(model)[name], t) for name, t in as_in_the_file.items())
