@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import distributed
 from cli import (
     COUNT,
     TINY,
@@ -106,7 +107,8 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
             "stopped": len(ids) < args.max_new,
         })
     harmful = of_kind(records, "harmful")
-    verdicts = judge.verdicts([(r["prompt"], r["reply"]) for r in harmful])
+    questions = [(r["prompt"], r["reply"]) for r in harmful]
+    verdicts = distributed.by_the_first(lambda: judge.verdicts(questions))
     for record, verdict in zip(harmful, verdicts, strict=True):
         record.update(verdict)
     return summarise(records, args), records
@@ -116,8 +118,11 @@ def generate_replies(model, tokenizer, prompts, max_new: int, cuda_graph: bool, 
                      store: Store | None) -> list[list[int]]:
     """Greedy replies as ids; with a store only those that it lacks, and each is kept at once."""
     if store is None:
-        return generate(model, prompts, max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
-                        progress=label, graph=cuda_graph)
+        # Where there are several processes, each answers its part.
+        which, of = distributed.part()
+        mine = generate(model, prompts[which::of], max_new, tokenizer.stop_ids,
+                        n_ids=tokenizer.n_ids, progress=label, graph=cuda_graph)
+        return distributed.collect(mine)
     keys = [store.key(prompt) for prompt in prompts]
     new = {}  # each prompt once
     for key, prompt in zip(keys, prompts, strict=True):

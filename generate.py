@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 from cli import COUNT, TINY, Parser, exit_code, text
 from device import add_device_flags, capture_cuda_graph, device_and_dtype
 from lora import load_adapter, merge
@@ -106,15 +107,18 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, stop_ids, bat
     waiting.sort(key=lambda row: len(row.prompt))
     replies: list[list[int]] = [[] for _ in prompts]
     rows: list[Row] = []  # rows[slot]
-    hide_bar = None if progress else True  # None: tqdm hides it where stderr is no terminal
+    hide_bar = distributed.hides_bars() if progress else True
     with tqdm(total=len(prompts), desc=progress, disable=hide_bar, leave=False) as bar:
-        while waiting or rows:
+        while engine.has_to_go_on(waiting or rows):
             # A prefill costs a whole pass, so it waits until a quarter of the slots is free.
             if waiting and len(rows) <= B - max(1, B // 4):
                 first = len(rows)
                 while waiting and len(rows) < B:
                     rows.append(waiting.pop())
                 tokens = engine.prefill(rows, first)
+            elif not rows:  # other processes still work
+                engine.idle()
+                continue
             else:
                 first = 0
                 tokens = engine.decode(rows)
@@ -143,9 +147,23 @@ class Engine:
         weight = model.model.embed_tokens.weight
         # What a row writes behind its end within these steps is dropped.
         self.steps = STEPS_ON_GPU if weight.is_cuda else 1
+        if model.is_sharded:  # then a turn of each process is one pass
+            self.steps = 1
         self.S = longest + self.steps
-        self.cache = KVCache(model.config, B, self.S, weight)
+        like = torch.empty(0, dtype=model.dtype, device=model.device)
+        self.cache = KVCache(model.config, B, self.S, like)
         self.last = torch.zeros_like(self.cache.length)  # (B,) each slot's newest token
+
+    def has_to_go_on(self, has_work) -> bool:
+        """Whether there is something left to do: of a sharded model, for any of the processes."""
+        if self.model.is_sharded:
+            return distributed.any_of(bool(has_work))
+        return bool(has_work)
+
+    def idle(self) -> None:
+        """A pass of which nothing is asked: other processes need this one's part of the weights."""
+        one = torch.zeros(1, dtype=torch.long, device=self.last.device)
+        self.model(one, [1], rows=one)
 
     def prefill(self, rows: list[Row], first: int) -> list[list[int]]:
         """Runs the prompts of rows[first:] packed into their slots -> their first tokens."""

@@ -23,6 +23,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -667,6 +668,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.is_sharded = False  # True: its weights are spread over processes (distributed.py)
         if not config.tied:
             setattr(self, config.head, nn.Linear(config.dim, config.n_out, bias=False))
 
@@ -767,14 +769,21 @@ def say_what_is_not_read(dir: Path) -> None:
               file=sys.stderr)
 
 
-def read_tensors(path: Path, device="cpu"):
-    """Yields (name, tensor) from one safetensors file; UserError if missing or truncated."""
+@contextmanager
+def open_tensors(path: Path, device="cpu"):
+    """A safetensors file, open for reading; UserError if missing or truncated."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
+            yield f
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is missing or not safetensors ({e}); fetch it again.") from None
+
+
+def read_tensors(path: Path, device="cpu"):
+    """Yields (name, tensor) from one safetensors file."""
+    with open_tensors(path, device) as f:
+        for name in f.keys():
+            yield name, f.get_tensor(name)
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

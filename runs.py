@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+import distributed
 from cli import RunFailed
 from data import mixture
 from data.tasks import RULES, TASKS
@@ -63,7 +64,7 @@ from model import (
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "jinja2", "tqdm")
 # Flags that may change when a run is resumed: they change no number by more than rounding.
-FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph"}
+FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_graph", "shard"}
 # Flags of the evaluation. They change no update, so they may change as well while a run is not
 # finished; what a finished run shows was measured with the old ones.
 OF_THE_EVALUATION = {
@@ -296,7 +297,8 @@ class Run:
     def _check_same(self, old: dict) -> None:
         """UserError where the folder's settings are not this run's."""
         new = json.loads(json.dumps(self.settings))  # as they read back: tuples become lists
-        ignored_in = {"args": FREE | COMPARED_AS_WORKED_OUT, "sha256": set(), "worked_out": set()}
+        ignored_in = {"args": FREE | COMPARED_AS_WORKED_OUT, "sha256": set(),
+                      "worked_out": {"processes"}}
         if not self.finished:
             ignored_in["args"] |= OF_THE_EVALUATION
             ignored_in["sha256"] = {"tests"}
@@ -347,6 +349,7 @@ class Run:
             self.files[name].truncate(sizes[name])
         if "earlier_commands" in self.settings:  # a resumed run may have changed its tests
             write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
+        distributed.wait_for_all()  # the others restore from the folder as it is now
         return step, progress
 
     def close(self) -> None:
@@ -408,6 +411,43 @@ class Run:
             "probes": progress.probes,
         }
         write_atomic(self.dir / "result.json", json.dumps(result, indent=1).encode())
+
+
+class Bystander(Run):
+    """A run's folder for the processes beside the first: they restore from it and write nothing."""
+
+    def __init__(self, dir: Path, settings: dict):
+        self.dir = dir
+        self.settings = settings
+        self.opened = ExitStack()
+        self.finished = False
+
+    def start(self, model, optimizer, step_fn) -> tuple[int, Progress]:
+        distributed.wait_for_all()  # until the first process has put the folder in order
+        state = self.dir / "state.safetensors"
+        if not state.exists():
+            return 0, Progress()
+        step, progress, _ = restore(state, model, optimizer, step_fn)
+        return step, progress
+
+    def append(self, name: str, rows: list[dict]) -> None:
+        pass
+
+    def save(self, model, optimizer, step_fn, step: int, progress: Progress) -> None:
+        pass
+
+    def save_adapter(self, model) -> None:
+        pass
+
+    def finish(self, model, progress: Progress) -> None:
+        pass
+
+
+def open_run(dir: Path, settings: dict, resume: bool) -> Run:
+    """The run's folder, with `finished` known to all processes; the first one alone writes it."""
+    run = Run(dir, settings, resume) if distributed.is_first() else Bystander(dir, settings)
+    run.finished = distributed.by_the_first(lambda: run.finished)
+    return run
 
 
 def defence_state(step_fn) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+import distributed
 from anchors import Anchors, FinalNorm
 from baselines import RIVALS
 from baselines.common import Defence
@@ -46,9 +47,9 @@ from device import add_device_flags, device_and_dtype
 from eval import DEFAULTS, add_eval_flags, evaluate, report, unjudged_at_the_end
 from generate import load_aligned
 from judges import open_judge
-from lora import adapted, add_lora, trainable
+from lora import adapted, add_lora, load_adapter, trainable
 from model import UserError, to_fp32
-from runs import Log, Progress, Run, choose_dir, data_paths, run_settings, weight_paths
+from runs import Log, Progress, Run, choose_dir, data_paths, open_run, run_settings, weight_paths
 from stress import attacks
 from stress.probes import make_probe
 from tokenizer import Tokenizer
@@ -77,6 +78,7 @@ def make_sbr_step(model, tokenizer, args, data):
                 safe = l_safe.detach()
             loss.backward()
             ce = ce + ce_sum.detach() / batch.n_supervised
+        ce, safe = distributed.add_up(model, ce, safe)  # where several processes share the batch
         # Tensors on the device: reading their values here would make the CPU wait.
         return {"loss": ce + args.lam * safe, "ce": ce, "safe": safe}
 
@@ -128,7 +130,8 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
         grad_norm = clip_grad_norm_(params, grad_clip)  # the norm before clipping
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield step, {"batch": batch.name, "tokens": batch.n_tokens, "computed": batch.n_computed,
+        n_computed = distributed.count(batch.n_computed)
+        yield step, {"batch": batch.name, "tokens": batch.n_tokens, "computed": n_computed,
                      **numbers, "grad_norm": grad_norm, "lr": lr_now}
 
 
@@ -149,7 +152,7 @@ def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) 
 
     def batch_of(step):
         return batch_at(data.examples, step, args.batch_size, args.seed, args.tokens_per_pass,
-                        model.device)
+                        model.device, distributed.part())
 
     def probe_if_due(epoch):
         if epoch in args.probes and str(epoch) not in progress.probes:
@@ -160,7 +163,7 @@ def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) 
             return
         evaluate_now(epoch, progress)
         run.save(model, optimizer, step_fn, step, progress)
-        if stop.requested:
+        if distributed.any_of(stop.requested):
             raise KeyboardInterrupt
 
     # The evaluation of epoch 0, or one at which the run was stopped.
@@ -171,8 +174,9 @@ def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) 
     all_updates = updates(step_fn, batch_of, optimizer, lr=args.lr, grad_clip=args.grad_clip,
                           n_updates=n_updates, start=start)
     for step, numbers in tqdm(all_updates, total=n_updates, initial=start, desc="training",
-                              unit="update", disable=None):
+                              unit="update", disable=distributed.hides_bars()):
         log.add(step, numbers)
+        stops = distributed.any_of(stop.requested)
         epochs_done = (step + 1) // per_epoch
         epoch_ends = (step + 1) % per_epoch == 0
         evaluation_follows = epoch_ends and epochs_done in args.eval_epochs
@@ -181,12 +185,13 @@ def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) 
             log.flush()
             tqdm.write(epoch_line(epochs_done, progress))
             probe_if_due(epochs_done)
-        if checkpoint_is_due or evaluation_follows or stop.requested:
+        if checkpoint_is_due or evaluation_follows or stops:
             log.flush()
+            distributed.check_alike(model)
             if step + 1 == n_updates:
                 run.save_adapter(model)
             run.save(model, optimizer, step_fn, step + 1, progress)
-            if stop.requested:  # here alone, so that no run stops without its checkpoint
+            if stops:  # here alone, so that no run stops without its checkpoint
                 raise KeyboardInterrupt
         if epoch_ends:
             evaluate_if_due(epochs_done, step + 1)
@@ -270,6 +275,8 @@ def add_optimiser_flags(group) -> None:
                        help="a larger batch is cut: less memory, the same gradient")
     group.add_argument("--seed", type=at_least(int, 0, at_most=2**31 - 1), default=0,
                        help="draws adapters, order of rows and anchors")
+    group.add_argument("--shard", action="store_true",
+                       help="under torchrun: spread a base that fits no single GPU over all")
     group.add_argument("--recompute", action="store_true",
                        help="run each block again in backward: less memory, the same gradient, "
                             "slower")
@@ -327,8 +334,29 @@ def check_flags(args: Args) -> None:
                         "is 1 and whose scale is 1; drop it.")
     if max(args.eval_epochs + args.probes) > args.epochs:
         raise UserError(f"--eval-epochs or --probes is above --epochs {args.epochs}; lower it.")
+    if args.shard:
+        check_shard(args)
     attacks.check(args)
     check_rule(args.task, args.fa_rule)
+
+
+def check_shard(args: Args) -> None:
+    """UserError where --shard is given for what a spread base cannot do."""
+    if distributed.size() == 1:
+        raise UserError("--shard spreads the model over several processes, and there is one; start "
+                        "train.py by torchrun, or drop the flag.")
+    conflicts = {
+        "--adapter without --keep-adapter, which merges whole weights; run merge.py first":
+            args.adapter and not args.keep_adapter,
+        "--attack unembedding, which trains the whole head; drop one": args.attack == "unembedding",
+        "--defense deepalign, whose reference takes passes of its own; drop one":
+            args.defense == "deepalign",
+        "--probes, which read whole weights; drop one": args.probes,
+        "--cuda-graph, which cannot hold what the processes say; drop one": args.cuda_graph,
+    }
+    for conflict, is_there in conflicts.items():
+        if is_there:
+            raise UserError(f"--shard was given with {conflict}.")
 
 
 # The program
@@ -339,13 +367,26 @@ def load_with_adapters(args, device, dtype):
 
     UserError where --max-len is more than the model was trained for.
     """
-    model = load_aligned(args.model, device, dtype, args.adapter, args.keep_adapter)
+    if args.shard:
+        model = load_sharded(args, device, dtype)
+    else:
+        model = load_aligned(args.model, device, dtype, args.adapter, args.keep_adapter)
+        add_trainable(model, args)
     if args.max_len > model.config.max_positions:
         raise UserError(f"--max-len {args.max_len} is above the {model.config.max_positions} "
                         "positions that the model was trained for; lower it.")
-    add_trainable(model, args)
     model.model.recompute = args.recompute
     return model
+
+
+def load_sharded(args, device, dtype):
+    """The same with a base that is spread over the processes."""
+    def add_adapters(model) -> None:
+        if args.keep_adapter:
+            load_adapter(model, args.adapter)
+        add_trainable(model, args)
+
+    return distributed.load_sharded(args.model, device, dtype, add_adapters)
 
 
 def add_trainable(model, args) -> None:
@@ -375,6 +416,7 @@ def work_out(model, data, n_updates: int) -> dict:
         "sequences": len(data.examples),  # a row, or one for each of its answers
         "rows_sha256": digest_of_rows(data),
         "updates": n_updates,
+        "processes": distributed.size(),
         "anchor_prompts": data.anchor_prompts,
     }
 
@@ -397,7 +439,8 @@ def fine_tune(run: Run, model, tokenizer, data, args) -> None:
     # The loop sets the learning rate of each update.
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=0.0, fused=True)
-    judge = open_judge(args, run.dir)
+    # Of several processes the first one judges, and only it needs a judge.
+    judge = open_judge(args, run.dir) if distributed.is_first() else None
     probe = None
     if args.probes:
         probe = make_probe(model, tokenizer, data, optimizer, args.max_len, args.tokens_per_pass)
@@ -430,6 +473,7 @@ def opening(run: Run, model, summary: str) -> str:
 def execute(args: Args, command: list[str]) -> None:
     """Reads everything, then opens the folder, so that a mistake leaves nothing behind."""
     device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
+    distributed.join(device)
     reads_align_file = args.stage == "align" or DEFENSES[args.defense].reads_align_file
     tokenizer = Tokenizer(args.model, args.template_date)
     files = mixture.read_files(args, reads_align_file)
@@ -437,13 +481,18 @@ def execute(args: Args, command: list[str]) -> None:
     data = mixture.read_data(model, tokenizer, args, files, attacks.change_rows)
     n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
     paths = weight_paths(args.model, args.adapter) | data_paths(args, reads_align_file)
-    settings = run_settings(command, args, work_out(model, data, n_updates), paths)
-    run = Run(choose_dir(args), settings, args.resume)
+    worked_out = work_out(model, data, n_updates)
+    settings = distributed.by_the_first(lambda: run_settings(command, args, worked_out, paths))
+    dir = distributed.by_the_first(lambda: choose_dir(args))
+    run = open_run(dir, settings, args.resume)
     try:
         if not run.finished:
             fine_tune(run, model, tokenizer, data, args)
     finally:
         run.close()
+    distributed.leave()
+    if not distributed.is_first():
+        return
     print(report(run.dir))
     missing = unjudged_at_the_end(run.dir)
     if missing:
@@ -454,7 +503,13 @@ def execute(args: Args, command: list[str]) -> None:
 def main(argv=None) -> int:
     """0 done, 2 the user's mistake, 3 the run failed and can be resumed, 130 interrupted."""
     command = ["train.py", *(sys.argv[1:] if argv is None else argv)]
-    return exit_code("train.py", lambda: execute(parse(argv), command), resumable=True)
+    name = distributed.program("train.py")
+
+    def work() -> None:
+        with distributed.among_others():
+            execute(parse(argv), command)
+
+    return exit_code(name, work, resumable=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import distributed
 from data import mixture
 from data.batches import Batch, Example, batch_at, encode_rows
 from data.rows import turn
@@ -30,7 +31,9 @@ class Defence:
     It leaves the gradient in .grad and returns the numbers to log, by name: numbers, or tensors of
     one element on any device. "loss" and "ce" must be among them, and "trained_tokens" and
     "trained_computed" (Batch.n_tokens, n_computed) if it trains on other rows than the batch. The
-    loop logs the names in train.LOGGED_BY_THE_LOOP itself, so a step may not return them.
+    loop logs the names in train.LOGGED_BY_THE_LOOP itself, so a step may not return them. All is
+    about the whole batch: where processes share it, a step adds up what each of them got by
+    distributed.add_up, as backward() below does.
     batch.step is the number of the update. step.state, if there is one, is {name: tensor}: what
     the checkpoint must keep. A resumed run copies the kept values into these tensors, so the step
     must change them in place.
@@ -64,6 +67,7 @@ def backward(model, batch: Batch) -> Tensor:
         loss = nll(model, pack) / batch.n_supervised  # the whole batch's count: no cut changes it
         loss.backward()
         ce = ce + loss.detach()
+    ce, = distributed.add_up(model, ce)
     return ce
 
 
@@ -89,9 +93,14 @@ def wide(t: Tensor) -> Tensor:
     return t if t.is_mps else t.double()
 
 
+def squared_norm(tensors) -> Tensor:
+    """The sum of the squares of all numbers of all tensors."""
+    return sum(wide(t).square().sum() for t in tensors)
+
+
 def norm(tensors) -> Tensor:
     """One norm over all numbers of all tensors."""
-    return sum(wide(t).square().sum() for t in tensors).sqrt()
+    return squared_norm(tensors).sqrt()
 
 
 @contextmanager
@@ -126,7 +135,7 @@ class DefenderRows:
 
     def at(self, step: int) -> Batch:
         return batch_at(self.examples, step, self.batch_size, self.seed, self.tokens_per_pass,
-                        self.device)
+                        self.device, distributed.part())
 
 
 def defender_rows(model, tokenizer, args, data, answer: str, *, batch_size: int | None = None,

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import distributed
 from baselines.common import Defence, DefenderRows, backward, copies, defender_rows
 from cli import COUNT, at_least
 from data import mixture
@@ -118,6 +119,8 @@ def make_constrained_step(model, beta: float):
         ce = 0.0
         mean_weight = 0.0
         for pack in batch.packs():
+            if not pack.examples:  # another process has more passes than this one
+                continue
             logp_ref = reference.of(pack.examples, batch.device)
             beta_i = torch.cat([betas(e, beta) for e in pack.examples])  # (R,)
             logp = log_probs(model, pack)
@@ -130,6 +133,7 @@ def make_constrained_step(model, beta: float):
             loss = loss + part.detach()
             ce = ce - logp.detach().sum() / batch.n_supervised
             mean_weight = mean_weight + w.sum() / batch.n_supervised
+        loss, ce, mean_weight = distributed.add_up(model, loss, ce, mean_weight)
         return {"loss": loss, "ce": ce, "weight": mean_weight}
 
     return step
@@ -160,10 +164,11 @@ def make_augmented_step(model, tokenizer, args, data):
             takes_prefix = torch.rand((), generator=g) < 0.5
             rows.append(prefixed(e, reply[:j]) if takes_prefix else e)
         rows += benign.at(batch.step).examples
-        both = Batch(rows, args.tokens_per_pass, model.device, batch.name, batch.step)
+        both = Batch(rows, args.tokens_per_pass, model.device, batch.name, batch.step,
+                     distributed.part())
         ce = backward(model, both)
         return {"loss": ce, "ce": ce, "trained_tokens": both.n_tokens,
-                "trained_computed": both.n_computed}
+                "trained_computed": distributed.count(both.n_computed)}
 
     return step
 

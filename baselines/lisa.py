@@ -19,6 +19,7 @@ used later.
 
 import torch
 
+import distributed
 from baselines.common import Defence, backward, copies, defender_rows, norm
 from cli import COUNT, at_least
 from data.batches import updates_per_epoch
@@ -59,8 +60,9 @@ def make_step(model, tokenizer, args, data):
             p.grad.add_(difference, alpha=rho)  # d/d theta of rho/2 ||theta - w||^2
         distance = norm(differences)
         loss = ce + rho / 2 * distance.square()
+        n_computed = distributed.count(used.n_computed)
         return {"loss": loss, "ce": ce, "distance": distance, "on_guide": int(aligning),
-                "trained_tokens": used.n_tokens, "trained_computed": used.n_computed}
+                "trained_tokens": used.n_tokens, "trained_computed": n_computed}
 
     step.state = {}
     for i, w in enumerate(w_align):

@@ -19,6 +19,7 @@ The state of AdamW of a frozen adapter is kept. Hooks instead of patched model f
 
 import torch
 
+import distributed
 from baselines.common import Defence, defender_rows, wide
 from baselines.vaccine import perturbations, perturbed_backward
 from cli import COUNT, at_least
@@ -47,7 +48,7 @@ def harm_norms(model, batch) -> torch.Tensor:
     squared = 0.0
     for pack in e:
         squared = squared + torch.stack([wide(e_l).square().sum() for e_l in pack])
-    return squared.sqrt()
+    return distributed.total(squared).sqrt()
 
 
 def draw(p: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:

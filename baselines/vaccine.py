@@ -22,7 +22,8 @@ from itertools import chain
 
 import torch
 
-from baselines.common import Defence, nll, norm
+import distributed
+from baselines.common import Defence, nll, squared_norm
 from cli import at_least
 
 
@@ -56,7 +57,8 @@ def perturbations(model, batch, layers: list[int], rho: float):
         with added(model, layers, z):
             loss = nll(model, pack) / batch.n_supervised
             gradients.append(torch.autograd.grad(loss, z))  # of a zero leaf: that of a_l itself
-    size = norm(chain.from_iterable(gradients))  # over the whole batch
+    squared = squared_norm(chain.from_iterable(gradients))
+    size = distributed.total(squared).sqrt()  # over the whole batch
     scale = rho / (size + 1e-7)
     e = []
     for pack_gradients in gradients:
@@ -73,6 +75,7 @@ def perturbed_backward(model, batch, layers: list[int], rho: float):
             loss = nll(model, pack) / batch.n_supervised
             loss.backward()
         ce = ce + loss.detach()
+    ce, = distributed.add_up(model, ce)
     return {"loss": ce, "ce": ce, "hidden_gradient": size}
 
 

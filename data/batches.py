@@ -83,11 +83,18 @@ class Pack:
 
 
 class Batch:
-    """The examples of one update, cut into packs of `tokens_per_pass` tokens or one example."""
+    """The examples of one update, cut into packs of `tokens_per_pass` tokens or one example.
+
+    Where several processes share a batch (distributed.py), packs() yields those of this one, and
+    whoever adds up over the packs adds up over the processes as well. The counts are always the
+    whole batch's.
+    """
 
     def __init__(self, examples: list[Example], tokens_per_pass: int, device, name: str = "",
-                 step: int = 0):
+                 step: int = 0, part: tuple[int, int] = (0, 1)):
+        """part: (which part of the batch is this process's, of how many)."""
         self.examples = examples
+        self.part = part
         self.tokens_per_pass = tokens_per_pass
         self.device = device
         self.name = name  # for the log and for errors
@@ -97,40 +104,73 @@ class Batch:
         self.n_computed = 0  # tokens computed in all passes so far, for the log
 
     def packs(self, anchors: list[Tensor] = (), share: bool = True):
-        """Yields Packs. `anchors` are prompts (ids each); they ride in the first pack.
+        """Yields Packs. `anchors` are prompts (ids each); they ride in the batch's first pack.
 
         share=False: no sequences share rows, for a defence that changes each one's states apart.
         """
         anchors = list(anchors)
-        for group in self.groups(room_for=sum(map(len, anchors))):
+        n_anchor_tokens = sum(map(len, anchors))
+        which, of = self.part
+        parts = share_out(self.examples, of, taken=n_anchor_tokens)
+        groups = []  # of each process
+        for i, examples in enumerate(parts):
+            groups.append(self.groups(examples, room_for=n_anchor_tokens if i == 0 else 0))
+        mine = groups[which]
+        # Every process makes as many passes as the others, since the weights may be spread over
+        # them; a pass without examples asks for nothing.
+        mine += [[]] * (max(map(len, groups)) - len(mine))
+        if which > 0:
+            anchors = []
+        for group in mine:
             made = pack(group, anchors, self.device, share)
             self.n_computed += len(made.ids)
             yield made
             anchors = []  # they rode in the first pack
 
-    def groups(self, room_for: int = 0):
-        """Yields the examples of each pass; in the first one room_for more tokens have room.
+    def groups(self, examples: list[Example], room_for: int = 0) -> list[list[Example]]:
+        """The examples of each pass; in the first one room_for more tokens have room.
 
         They are counted whole and unshared: attention's gather has every token.
         """
-        group = []
+        groups = [[]]
         room = self.tokens_per_pass - room_for
-        for example in self.examples:
-            if group and len(example.ids) > room:
-                yield group
-                group = []
+        for example in examples:
+            if groups[-1] and len(example.ids) > room:
+                groups.append([])
                 room = self.tokens_per_pass
-            group.append(example)
+            groups[-1].append(example)
             room -= len(example.ids)
-        yield group
+        return groups
+
+
+def share_out(examples: list[Example], n: int, taken: int = 0) -> list[list[Example]]:
+    """The examples of each of n processes, about as many tokens each, in their old order.
+
+    taken: tokens that the first process has already, those of the anchors. The longest example is
+    given first, each to whoever has the fewest tokens.
+    """
+    tokens = [taken] + [0] * (n - 1)
+    owner = {}
+    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].ids)):
+        owner[i] = tokens.index(min(tokens))
+        tokens[owner[i]] += len(examples[i].ids)
+    parts = [[] for _ in range(n)]
+    for i, example in enumerate(examples):
+        parts[owner[i]].append(example)
+    return parts
+
+
+IDLE = torch.tensor([0])  # a token, any, for a pass of which nothing is asked
+NONE = torch.tensor([], dtype=torch.long)
 
 
 def pack(examples: list[Example], anchors: list[Tensor], device, share: bool = True) -> Pack:
-    """Examples, then anchors, end to end."""
-    packing = pack_sequences([e.inputs for e in examples] + list(anchors), share)
+    """Examples, then anchors, end to end; without either a pass that costs and changes nothing."""
+    sequences = [e.inputs for e in examples] + list(anchors)
+    packing = pack_sequences(sequences or [IDLE], share)
     rows = packing.rows()  # of each sequence, (T,)
-    supervised = []
-    for example, its_rows in zip(examples, rows[:len(examples)], strict=True):
+    supervised = [NONE]
+    for example, its_rows in zip(examples, rows[:len(examples)], strict=False):
         supervised.append(its_rows[example.predict])
     anchor_rows = None
     if anchors:
@@ -140,7 +180,7 @@ def pack(examples: list[Example], anchors: list[Tensor], device, share: bool = T
         path=packing.path,
         seqlens=packing.seqlens,
         supervised=to_device(torch.cat(supervised), device),
-        targets=to_device(torch.cat([e.targets for e in examples]), device),
+        targets=to_device(torch.cat([NONE, *(e.targets for e in examples)]), device),
         anchor_rows=anchor_rows,
         examples=examples)
 
@@ -156,10 +196,10 @@ def updates_per_epoch(n_examples: int, batch_size: int) -> int:
 
 
 def batch_at(examples: list[Example], step: int, batch_size: int, seed: int, tokens_per_pass: int,
-             device) -> Batch:
+             device, part: tuple[int, int] = (0, 1)) -> Batch:
     """The batch of update `step`: a pure function of (seed, step), so resuming needs no state."""
     epoch, i = divmod(step, updates_per_epoch(len(examples), batch_size))
     order = torch.randperm(len(examples), generator=generator_of(seed, epoch))
     chosen = order[i * batch_size:(i + 1) * batch_size].tolist()
     return Batch([examples[j] for j in chosen], tokens_per_pass, device,
-                 f"epoch {epoch + 1}, batch {i + 1}", step)
+                 f"epoch {epoch + 1}, batch {i + 1}", step, part)

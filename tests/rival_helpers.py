@@ -13,13 +13,14 @@ from helpers import randomise_B
 from runs_helpers import WORDS, flags, write_rows
 from sbr_helpers import POOL, make_folder, make_rows, nll, take_gradient
 
+import distributed
 import train as train_py
 from baselines.common import defender_rows
 from data import mixture
 from data.batches import Batch, encode_rows
 from data.mixture import Data
 from data.rows import turn
-from lora import add_lora
+from lora import add_lora, trainable
 from model import load_model
 from tokenizer import Tokenizer
 from train import DEFENSES
@@ -60,14 +61,20 @@ def make_rival_inputs(folder):
 class Rival:
     """One defence on a model whose adapters are in use from the start, and a batch of rows."""
 
-    def __init__(self, inputs, name, fresh=False, dtype=torch.float64, n_rows=12, **changes):
+    def __init__(self, inputs, name, fresh=False, dtype=torch.float64, n_rows=12, sharded=False,
+                 **changes):
         # One update an epoch, so 100 updates.
         changes = {"defense": name.split(",")[0], "anchors": 0, "batch_size": 32, "max_len": 512,
                    "epochs": 100, "tokens_per_pass": 1 << 30, **NAMES[name], **changes}
         self.args = train_py.parse(flags(inputs, **changes))
         self.tokenizer = Tokenizer(self.args.model)
-        self.model = load_model(self.args.model, dtype=dtype)
-        self.params = add_lora(self.model, rank=4, alpha=16)
+        if sharded:  # over the processes of tests/two_processes.py
+            self.model = distributed.load_sharded(self.args.model, torch.device("cpu"), dtype,
+                                                  lambda model: add_lora(model, rank=4, alpha=16))
+        else:
+            self.model = load_model(self.args.model, dtype=dtype)
+            add_lora(self.model, rank=4, alpha=16)
+        self.params = trainable(self.model)
         if not fresh:
             randomise_B(self.model)
         rows = mixture.load_upload(self.args)[1] if self.args.stage == "align" else talks(n_rows)
@@ -87,7 +94,7 @@ class Rival:
                              answer)
 
     def batch(self, step=0):
-        return Batch(self.examples, self.args.tokens_per_pass, "cpu", "", step)
+        return Batch(self.examples, self.args.tokens_per_pass, "cpu", "", step, distributed.part())
 
     def gradient(self, step=0):
         """(numbers, {name: gradient}) of one step."""

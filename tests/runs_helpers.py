@@ -104,6 +104,15 @@ def program(name, argv, cwd, **how):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 
+def torchrun(n, name, argv, cwd):
+    """The same in n processes, as a user starts them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                str(n), "--", str(ROOT / name), *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(launcher, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
 def tree(folder):
     """Every path below the folder, with the bytes of the files."""
     return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes()

@@ -1,0 +1,297 @@
+"""One run by several processes, each with a GPU or a core of its own; torchrun starts them.
+
+    torchrun --standalone --nproc-per-node 8 train.py --model DIR ...
+
+The base is frozen, so each process has its own copy of it and nothing has to keep the copies alike.
+A batch is shared out by rows (data/batches.py), the anchors go to the first process, and since
+every term of the loss is divided by the counts of the whole batch, the parts simply add up:
+
+    L_total = sum_r L_r        grad L_total = sum_r grad L_r        r: processes
+
+add_up() makes that sum for all adapters in one message. Equal gradients and equal optimisers make
+equal adapters, so no others are sent. In an evaluation the prompts are shared out; the first
+process judges the replies, and it alone writes the run's folder and to the terminal.
+
+Where there is one process, every function here gives back what it was given.
+
+--shard, for a base that does not fit one GPU: PyTorch's fully_shard (FSDP2) spreads the rows of its
+weights over the processes and gathers a block's when it runs. Adapters stay whole everywhere, so
+that a defence, the optimiser and the files see what they always see.
+"""
+
+import hashlib
+import math
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from cli import RunFailed
+from lora import adapted, adapter_state, trainable
+from model import (
+    FLOATS,
+    Llama,
+    UserError,
+    check_tensors,
+    open_tensors,
+    read_config,
+    say_what_is_not_read,
+    weight_files,
+)
+
+# How long a process waits for the others: longer than any judge works on an evaluation. That a
+# process has ended is noticed at once, by its closed connections and by torchrun.
+PATIENCE = timedelta(days=1)
+
+
+# who is there
+
+
+def rank() -> int:
+    """The number of this process, from 0 on."""
+    return int(os.environ.get("RANK", 0))
+
+
+def size() -> int:
+    """How many processes make this run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def part() -> tuple[int, int]:
+    """(which part of a batch is this process's, of how many)."""
+    return rank(), size()
+
+
+def hides_bars() -> bool | None:
+    """tqdm's `disable`: None hides a bar where stderr is no terminal."""
+    return None if is_first() else True
+
+
+def program(name: str) -> str:
+    """The program's name as its errors begin with it; of processes behind the first with a number.
+
+    Also silences those processes' standard output, which would repeat the first one's.
+    """
+    if is_first():
+        return name
+    sys.stdout = open(os.devnull, "w")
+    return f"{name} (process {rank() + 1} of {size()})"
+
+
+def join(device: torch.device) -> None:
+    """Meets the other processes and takes this one's GPU. UserError where there are too few."""
+    if size() == 1:
+        return
+    if device.type == "mps":
+        raise UserError(f"torchrun started {size()} processes on mps, which is one device; pass "
+                        "--device cpu, or start train.py alone.")
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        gpu = int(os.environ["LOCAL_RANK"])
+        if gpu >= torch.cuda.device_count():
+            raise UserError(f"torchrun started a process for GPU {gpu}, and this machine has "
+                            f"{torch.cuda.device_count()}; lower --nproc-per-node.")
+        torch.cuda.set_device(gpu)
+    dist.init_process_group(backend, timeout=PATIENCE)
+
+
+def leave() -> None:
+    """To be called at a good end; after a failure the others may not be there to part from."""
+    if size() > 1:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def among_others():
+    """Around all that is done together. RunFailed where another process has ended meanwhile."""
+    try:
+        yield
+    except RuntimeError as e:
+        # gloo, which joins CPUs, says it by a plain RuntimeError with the name of its own file.
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        raise RunFailed("another process of this run has ended, see what it said; what was saved "
+                        "is kept, and --resume goes on from there, with any number of processes."
+                        ) from e
+
+
+# what is said between the processes
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of the processes' tensors, the same for all of them to the bit."""
+    if size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def add_up(model, *numbers) -> tuple:
+    """Sums the gradients in .grad over the processes, and numbers of one element, which it returns.
+
+    To be called once behind the passes over a batch, when .grad holds what they left there and
+    nothing else. All travels in one buffer: several hundred small messages would each have to wait
+    for the network.
+    """
+    if size() == 1:
+        return numbers
+    params = trainable(model)
+    parts = []
+    for p in params:
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        parts.append(gradient.flatten())
+    for number in numbers:
+        parts.append(torch.as_tensor(number).reshape(1).to(parts[0]))
+    summed = total(torch.cat(parts)).split([len(part) for part in parts])
+    for p, gradient in zip(params, summed, strict=False):  # behind the gradients come the numbers
+        p.grad = gradient.view_as(p)
+    return tuple(number.squeeze(0) for number in summed[len(params):])
+
+
+def count(n: int) -> int:
+    """The sum of a count over the processes."""
+    return int(total(torch.tensor(n)))
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true for one of the processes at least."""
+    return count(int(flag)) > 0
+
+
+def by_the_first(work):
+    """work() is done by the first process; all get its result."""
+    if size() == 1:
+        return work()
+    result = [work() if is_first() else None]
+    dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+    return result[0]
+
+
+def collect(values: list) -> list:
+    """The processes' lists, of item i, i + size, ... of one list each, as that one list again."""
+    if size() == 1:
+        return values
+    lists = [None] * size()
+    dist.all_gather_object(lists, values)
+    whole = [None] * sum(map(len, lists))
+    for r, of_process in enumerate(lists):
+        whole[r::size()] = of_process
+    return whole
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    count(0)
+
+
+def check_alike(model) -> None:
+    """RunFailed unless all processes have the same adapters, to the bit."""
+    if size() == 1:
+        return
+    digest = hashlib.sha256()
+    for tensor in adapter_state(model).values():
+        digest.update(tensor.numpy().tobytes())
+    lists = [None] * size()
+    dist.all_gather_object(lists, digest.hexdigest())
+    for r, other in enumerate(lists):
+        if other != lists[0]:
+            raise RunFailed(f"the adapters of process {r + 1} are no longer those of process 1, "
+                            "so nothing is saved; --resume goes on from the last checkpoint. Are "
+                            "these machines and their software alike?")
+
+
+# a base that is spread over the processes: --shard
+
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def load_sharded(dir, device: torch.device, dtype: torch.dtype, add_adapters) -> Llama:
+    """A frozen model with adapters, of which this process holds its part of every block.
+
+    add_adapters(model) puts on what is trained while the base is still on meta, since fully_shard
+    must see the modules as they will stay. Adapters and the head stay whole on every process.
+    A block's weights are gathered when it runs, by all processes together, so each of them must
+    run the model equally often. UserError as in load_model.
+    """
+    dir = Path(dir)
+    config = read_config(dir)
+    say_what_is_not_read(dir)
+    with torch.device("meta"):
+        model = Llama(config).to(dtype).requires_grad_(False)
+    places = find_tensors(dir, model)
+    with torch.device(device):
+        add_adapters(model)
+    own = set()  # what is no part of the base
+    for _, module in adapted(model):
+        own |= {module.lora_A, module.lora_B}
+    mesh = init_device_mesh(device.type, (size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=own)
+    fully_shard(model.model, mesh=mesh, ignored_params=own)
+    state = {}
+    for name, p in model.named_parameters():
+        if p not in own:
+            state[name] = read_part(places[name], p, device, dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.is_sharded = True
+    return model.eval()
+
+
+def find_tensors(dir: Path, model: Llama) -> dict[str, tuple[Path, str]]:
+    """For each of the model's tensors its file and its name there, checked by the files' headers.
+
+    UserError for a missing, surplus or misshapen tensor, and for one that is in two files.
+    """
+    places = {}
+    found = {}  # tensors without content, which have shapes
+    for path in weight_files(dir):
+        with open_tensors(path) as f:
+            for name in f.keys():
+                if name.endswith("rotary_emb.inv_freq"):  # a legacy buffer, recomputed in fp32
+                    continue
+                if name in places:
+                    raise UserError(f"{path} and {places[name][0].name} both hold {name}, expected "
+                                    "one of them; fetch both again.")
+                places[name] = (path, name)
+                found[name] = torch.empty(f.get_slice(name).get_shape(), device="meta")
+    if model.config.tied and HEAD in found:  # the embedding under its other name, or once more
+        found.setdefault(EMBEDDING, found.pop(HEAD))
+        places.setdefault(EMBEDDING, places[HEAD])
+    check_tensors(dir, model, found)
+    return places
+
+
+def read_part(place: tuple[Path, str], p: nn.Parameter, device, dtype: torch.dtype) -> Tensor:
+    """What this process holds of one of the base's tensors: its rows, or all of it."""
+    path, name = place
+    with open_tensors(path) as f:
+        rows = f.get_slice(name)
+        if isinstance(p, DTensor):  # as torch.chunk cuts: the last parts may be smaller or empty
+            chunk = math.ceil(len(p) / size())
+            part = rows[min(rank() * chunk, len(p)):min((rank() + 1) * chunk, len(p))]
+        else:
+            part = rows[:]
+    if part.dtype not in FLOATS:
+        raise UserError(f"{path} holds {name} as {part.dtype}, expected floating-point numbers of "
+                        "16 bits or more; choose the original checkpoint.")
+    part = part.to(device, dtype)
+    if not isinstance(p, DTensor):
+        return part
+    return DTensor.from_local(part, p.device_mesh, [Shard(0)], run_check=False, shape=p.shape,
+                              stride=p.stride())
