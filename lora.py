@@ -32,8 +32,9 @@ class LoRALinear(nn.Module):
         self.weight = base.weight
         self.bias = base.bias
         out_features, in_features = base.weight.shape
-        # Beside a weight that is still on meta, the adapter goes to PyTorch's default device.
-        device = None if base.weight.is_meta else base.weight.device
+        device = base.weight.device
+        if device.type == "meta":  # the weight is still to be loaded: PyTorch's default device
+            device = None
         like = dict(dtype=torch.promote_types(base.weight.dtype, torch.float32), device=device)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **like))
