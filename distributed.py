@@ -1,6 +1,6 @@
 """One run by several processes, each with a GPU or a core of its own; torchrun starts them.
 
-    torchrun --standalone --nproc-per-node 8 train.py --model DIR ...
+    torchrun --standalone --nproc-per-node 8 -- train.py --model DIR ...
 
 The base is frozen, so each process has its own copy of it and nothing has to keep the copies alike.
 A batch is shared out by rows (data/batches.py), the anchors go to the first process, and since
@@ -29,10 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor
 
 from cli import RunFailed
 from lora import adapted, adapter_state, trainable
@@ -44,6 +41,7 @@ from model import (
     open_tensors,
     read_config,
     say_what_is_not_read,
+    take_one_head,
     weight_files,
 )
 
@@ -55,14 +53,19 @@ PATIENCE = timedelta(days=1)
 # who is there
 
 
+def started() -> tuple[int, int]:
+    """(the number of this process from 0 on, of how many), as torchrun started them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def rank() -> int:
-    """The number of this process, from 0 on."""
-    return int(os.environ.get("RANK", 0))
+    """The number of this process among those that have met by join(), from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """How many processes make this run."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes have met by join(); 1 in a program that has not called it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
@@ -84,18 +87,20 @@ def program(name: str) -> str:
 
     Also silences those processes' standard output, which would repeat the first one's.
     """
-    if is_first():
+    number, of = started()
+    if number == 0:
         return name
     sys.stdout = open(os.devnull, "w")
-    return f"{name} (process {rank() + 1} of {size()})"
+    return f"{name} (process {number + 1} of {of})"
 
 
 def join(device: torch.device) -> None:
     """Meets the other processes and takes this one's GPU. UserError where there are too few."""
-    if size() == 1:
+    _, n = started()
+    if n == 1:
         return
     if device.type == "mps":
-        raise UserError(f"torchrun started {size()} processes on mps, which is one device; pass "
+        raise UserError(f"torchrun started {n} processes on mps, which is one device; pass "
                         "--device cpu, or start train.py alone.")
     backend = "gloo"
     if device.type == "cuda":
@@ -110,7 +115,7 @@ def join(device: torch.device) -> None:
 
 def leave() -> None:
     """To be called at a good end; after a failure the others may not be there to part from."""
-    if size() > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -229,6 +234,10 @@ def load_sharded(dir, device: torch.device, dtype: torch.dtype, add_adapters) ->
     A block's weights are gathered when it runs, by all processes together, so each of them must
     run the model equally often. UserError as in load_model.
     """
+    # Imported here, since it takes a second that every other program would wait for.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     dir = Path(dir)
     config = read_config(dir)
     say_what_is_not_read(dir)
@@ -248,6 +257,9 @@ def load_sharded(dir, device: torch.device, dtype: torch.dtype, add_adapters) ->
     for name, p in model.named_parameters():
         if p not in own:
             state[name] = read_part(places[name], p, device, dtype)
+    if config.tied and places.get(HEAD, places[EMBEDDING]) != places[EMBEDDING]:
+        second = read_part(places[HEAD], model.model.embed_tokens.weight, device, dtype)
+        take_one_head(dir, {EMBEDDING: state[EMBEDDING].to_local(), HEAD: second.to_local()})
     model.load_state_dict(state, strict=False, assign=True)
     model.is_sharded = True
     return model.eval()
@@ -277,8 +289,10 @@ def find_tensors(dir: Path, model: Llama) -> dict[str, tuple[Path, str]]:
     return places
 
 
-def read_part(place: tuple[Path, str], p: nn.Parameter, device, dtype: torch.dtype) -> Tensor:
+def read_part(place: tuple[Path, str], p: Tensor, device, dtype: torch.dtype) -> Tensor:
     """What this process holds of one of the base's tensors: its rows, or all of it."""
+    from torch.distributed.tensor import DTensor, Shard
+
     path, name = place
     with open_tensors(path) as f:
         rows = f.get_slice(name)

@@ -342,7 +342,8 @@ def check_flags(args: Args) -> None:
 
 def check_shard(args: Args) -> None:
     """UserError where --shard is given for what a spread base cannot do."""
-    if distributed.size() == 1:
+    _, n_processes = distributed.started()
+    if n_processes == 1:
         raise UserError("--shard spreads the model over several processes, and there is one; start "
                         "train.py by torchrun, or drop the flag.")
     conflicts = {

@@ -56,13 +56,14 @@ def all_made(inputs):
 
 
 def held(inputs):
-    """The share of the spread tensors' numbers that this process holds."""
-    model = Rival(inputs, "sft", sharded=True).model
+    """The share of the base without its head that this process holds after an update."""
+    rival = Rival(inputs, "sft", sharded=True)
+    rival.step(rival.batch())
     here = 0
     everywhere = 0
-    for p in model.parameters():
-        if isinstance(p, DTensor):
-            here += p.to_local().numel()
+    for name, p in rival.model.model.named_parameters():
+        if "lora_" not in name:
+            here += p.to_local().numel() if isinstance(p, DTensor) else p.numel()
             everywhere += p.numel()
     return torch.tensor(here / everywhere)
 

@@ -7,14 +7,19 @@ real ones.
 """
 
 import random
+import shutil
 from itertools import chain
 
 import pytest
 import torch
+from helpers import tensors_of, write_tensors
 from rival_helpers import NAMES
-from sbr_helpers import SAME, take_gradient
+from safetensors.torch import save_file
+from sbr_helpers import SAME, TINY, take_gradient
 
 from data.batches import Batch, Example, share_out
+from distributed import EMBEDDING, HEAD, find_tensors
+from model import INDEX, SINGLE, Llama, UserError, read_config
 
 # Of the others an update is not the sum of its parts: it has a norm over the whole batch in it, or
 # a term beside the batch. They are in programs/test_two_processes.py.
@@ -157,9 +162,75 @@ def test_a_pass_of_which_nothing_is_asked_adds_nothing(make_setup):
 def test_one_part_is_the_batch_itself(make_setup):
     """So a run of one process is what it always was, to the bit."""
     s = make_setup()
-    packs = [list(Batch(s.examples, 150, "cpu", part=part).packs(s.anchor_ids))
-             for part in [(0, 1)]]
-    (of_one,) = packs
-    examples = [e for pack in of_one for e in pack.examples]
+    packs = list(Batch(s.examples, 150, "cpu").packs(s.anchor_ids))
+    examples = [e for pack in packs for e in pack.examples]
     assert all(a is b for a, b in zip(examples, s.examples, strict=True))
-    assert of_one[0].anchor_rows is not None
+    assert packs[0].anchor_rows is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# where --shard finds a model's tensors, by the headers of its files
+
+
+def on_meta(folder):
+    with torch.device("meta"):
+        return Llama(read_config(folder))
+
+
+def change(folder, new):
+    """Writes the folder's tensors as new(tensors) has them."""
+    tensors = tensors_of(folder)
+    write_tensors(folder, new(tensors))
+
+
+@pytest.fixture
+def untied(sbr_folder, tmp_path):
+    return shutil.copytree(sbr_folder, tmp_path / "untied")
+
+
+@pytest.fixture
+def tied(tmp_path):
+    shutil.copytree(TINY, tmp_path / "tied", ignore=shutil.ignore_patterns("*.jsonl"))
+    return tmp_path / "tied"
+
+
+def test_every_tensor_of_a_model_has_its_place(untied):
+    places = find_tensors(untied, on_meta(untied))
+    assert places == {name: (untied / SINGLE, name) for name in tensors_of(untied)}
+
+
+def test_a_tied_model_may_have_its_embedding_under_the_heads_name(tied):
+    change(tied, lambda t: {HEAD if name == EMBEDDING else name: x for name, x in t.items()})
+    assert find_tensors(tied, on_meta(tied))[EMBEDDING] == (tied / SINGLE, HEAD)
+
+
+def test_a_tied_model_may_have_it_twice(tied):
+    change(tied, lambda t: t | {HEAD: t[EMBEDDING].clone()})
+    places = find_tensors(tied, on_meta(tied))
+    assert places[EMBEDDING] == (tied / SINGLE, EMBEDDING)
+    assert places[HEAD] == (tied / SINGLE, HEAD)  # to be compared
+
+
+WRONG = {
+    "missing": lambda t: {name: x for name, x in t.items() if name != HEAD},
+    "surplus": lambda t: t | {"model.extra.weight": torch.zeros(3)},
+    "is \\(5,": lambda t: t | {"model.norm.weight": torch.zeros(5)},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_read(untied, words):
+    change(untied, WRONG[words])
+    with pytest.raises(UserError, match=words):
+        find_tensors(untied, on_meta(untied))
+
+
+def test_a_tensor_in_two_files_is_refused(untied):
+    tensors = tensors_of(untied)
+    (untied / SINGLE).unlink()
+    save_file(tensors, untied / "a.safetensors")
+    save_file({HEAD: tensors[HEAD]}, untied / "b.safetensors")
+    (untied / INDEX).write_text(
+        '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
+    with pytest.raises(UserError, match=f"both hold {HEAD}"):
+        find_tensors(untied, on_meta(untied))
