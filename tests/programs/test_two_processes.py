@@ -1,8 +1,9 @@
 """Several processes make the run that one makes.
 
-    pytest tests/programs/test_two_processes.py -q          # and with -m slow: whole runs, killed
+    pytest tests/programs/test_two_processes.py -q -m slow
 
-Two processes on a CPU, by torchrun and gloo.
+Two processes on a CPU, by torchrun and gloo: their gradients, whole runs, and what happens when one
+of them is killed.
 """
 
 import json
@@ -20,6 +21,7 @@ from two_processes import SHARDED, all_made
 
 from files import read_lines
 
+pytestmark = pytest.mark.slow
 SAME = 1e-10  # float64, whatever the order of sums
 CLOSE = 1e-6  # fp32, over a run of a few updates
 
@@ -123,7 +125,6 @@ def check_same_run(run, reference):
     assert files == sorted(path.name for path in reference.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"shard": True}, {"tokens_per_pass": 30}])
 def test_a_run_of_two_processes_is_that_of_one(inputs, run_of_one, tmp_path, how):
     out, _ = torchrun(2, "train.py", flags(inputs, **RUN, **how), cwd=tmp_path).communicate()
@@ -155,7 +156,6 @@ def wait_for(condition, seconds=60):
 LONG = RUN | {"epochs": 400, "eval_epochs": "400"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 @pytest.mark.parametrize("how", [{}, {"shard": True}])
 def test_a_killed_process_ends_the_job_within_a_minute_and_the_run_can_go_on(
@@ -174,7 +174,6 @@ def test_a_killed_process_ends_the_job_within_a_minute_and_the_run_can_go_on(
     assert 0 < n_done < 1200
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(
         inputs, run_of_one, tmp_path, before, after):
@@ -193,7 +192,6 @@ def test_a_run_goes_on_with_another_number_of_processes(
     check_same_run(run, run_of_one)
 
 
-@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_at_one_update_with_a_checkpoint(inputs, tmp_path):
     run = tmp_path / "out"
     job = torchrun(2, "train.py", flags(inputs, **LONG), cwd=tmp_path)
