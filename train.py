@@ -491,8 +491,9 @@ def execute(args: Args, command: list[str]) -> None:
             fine_tune(run, model, tokenizer, data, args)
     finally:
         run.close()
+    writes = distributed.is_first()
     distributed.leave()
-    if not distributed.is_first():
+    if not writes:
         return
     print(report(run.dir))
     missing = unjudged_at_the_end(run.dir)

@@ -127,7 +127,9 @@ def check_same_run(run, reference):
 
 @pytest.mark.parametrize("how", [{}, {"shard": True}, {"tokens_per_pass": 30}])
 def test_a_run_of_two_processes_is_that_of_one(inputs, run_of_one, tmp_path, how):
-    out, _ = torchrun(2, "train.py", flags(inputs, **RUN, **how), cwd=tmp_path).communicate()
+    job = torchrun(2, "train.py", flags(inputs, **RUN, **how), cwd=tmp_path)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
     check_same_run(tmp_path / "out", run_of_one)
     assert out.count("HS, harmful replies") == 1, "the first process alone says how it ended"
     assert json.loads((tmp_path / "out/config.json").read_text())["worked_out"]["processes"] == 2
