@@ -132,7 +132,7 @@ def attention_outputs(model, batch) -> list[torch.Tensor]:
                 outputs.append(to_fp32(output))
             handles.append(layer.self_attn.register_forward_hook(catch))
         paths = []
-        for group in batch.groups(batch.examples):  # of whole rows, the tokens behind the answer included
+        for group in batch.groups(batch.examples):  # whole rows, with what is behind the answer
             packing = pack_sequences([e.ids for e in group])
             path = packing.path.to(model.device)
             model(packing.ids.to(model.device), packing.seqlens, path=packing.path, rows=path[:1])

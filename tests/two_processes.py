@@ -76,3 +76,4 @@ if __name__ == "__main__":
     if distributed.is_first():
         save_file(found, sys.argv[2])
     distributed.leave()
+    distributed.end(0)
