@@ -55,6 +55,8 @@ class FakeGPU(FakeTensorMode):
         # PyTorch's C++ code must not meet a device that this machine lacks, and is told "meta".
         device_of = {torch.ops.prim.device.default: lambda args: torch.device("meta")}
         stack.enter_context(mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, device_of))
+        # varlen_attn of PyTorch 2.15 chooses its kernel by the GPU: an A100, which has just one.
+        stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda *_: (8, 0)))
         for name, value in {"is_cuda": property(is_cuda), "tolist": self.tolist_of()}.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, value, create=True))
         return super().__enter__()
