@@ -18,7 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 from anchors import encode
 from cli import Args
 from data.batches import Batch, batch_at, encode_rows
-from data.mixture import Data, anchor_pool, choose_anchors, harmful_test_file, load_upload
+from data.mixture import (
+    Data,
+    anchor_pool,
+    choose_anchors,
+    harmful_test_file,
+    load_upload,
+    prompts_of,
+)
 from data.rows import read_rows
 from device import device_and_dtype
 from lora import load_adapter
@@ -53,11 +60,11 @@ def read_work(args: Args, adapter: Path) -> Work:
     device, dtype = device_and_dtype(args.device, args.dtype)
     tokenizer = Tokenizer(args.model)
     harmful, benign, _ = load_upload(args)
-    rows = harmful + benign
+    rows = [*harmful, *benign]
     examples, _ = encode_rows(tokenizer, rows, args.max_len)
     tests = read_rows(harmful_test_file(None, args.data_dir), needs_answer=False)
     pool = anchor_pool(None, args.data_dir)
-    anchors = choose_anchors(pool, args.anchors, args.seed, rows + tests)
+    anchors = choose_anchors(pool, args.anchors, args.seed, prompts_of(rows + tests))
     data = Data(examples, tests={}, anchor_prompts=anchors, align=None, summary="")
     return Work(args, tokenizer, data, adapter, device, dtype)
 
