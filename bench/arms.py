@@ -79,6 +79,22 @@ def shared(work: Work):
     return model, step
 
 
+def cut(work: Work):
+    """As `shared`, in passes that hold as little as the micro-batches of the peers do."""
+    model, step = shared(work)
+    budget = largest_micro_batch(work)
+    return model, lambda batch: step(Batch(batch.examples, budget, batch.device))
+
+
+def largest_micro_batch(work: Work) -> int:
+    """The most tokens, without padding, in a micro-batch of 8 rows of the updates that are run."""
+    sizes = []
+    for step in range(work.args.updates + 1):
+        for block in micro_batches(work.batch(step).examples):
+            sizes.append(sum(len(e.ids) for e in block))
+    return max(sizes)
+
+
 class Unshared(Batch):
     """The same batch, each token in a row of its own."""
 
@@ -267,6 +283,7 @@ class Arm:
 
 ARMS = {
     "shared": Arm("this project", shared),
+    "cut": Arm("this project, in passes of 8 rows' tokens", cut),
     "unshared": Arm("this project, nothing shared", unshared),
     "padded": Arm("transformers + PEFT, padded", padded),
     "paper": Arm("the paper's shape, 8 rows at a time", paper),
