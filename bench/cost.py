@@ -375,7 +375,7 @@ def fit(x: list[float], y: list[float]) -> dict:
     unexplained = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
     variance = sum((b - statistics.mean(y)) ** 2 for b in y)
     r2 = 1.0 if variance == 0 else 1 - unexplained / variance
-    return {"intercept": intercept, "slope": slope, "r2": r2, "worst": worst}
+    return {"intercept": intercept, "slope": slope, "points": len(x), "r2": r2, "worst": worst}
 
 
 # What is shown
@@ -408,9 +408,11 @@ def sentence_of(line: dict) -> str:
     outside = ""
     if "outside_step" in line:
         outside = f" (clipping, AdamW and the loop take {1e3 * line['outside_step']:.1f} ms)"
+    how_good = f"r2 {line['r2']:.4f}, farthest point {line['worst']:.0%} off"
+    if line["points"] == 2:
+        how_good = "through two points alone"
     return (f"{line['panel']} {line['line']}: {line['slope_in_unit']:.3g} {line['unit']} and "
-            f"{start} whatever the size{outside}; r2 {line['r2']:.4f}, farthest point "
-            f"{line['worst']:.0%} off")
+            f"{start} whatever the size{outside}; {how_good}")
 
 
 # What the axis below says, by panel.

@@ -148,6 +148,7 @@ def test_the_table_has_a_line_for_each_point_and_each_slope(result):
     shown = bench.cost.table(found).split("\n")
     assert len(shown) == 1 + 2 + 3
     assert "s an epoch" in shown[1] and "ms a row to read and" in shown[3]
+    assert all(line.endswith("through two points alone") for line in shown[3:])  # no fit to praise
 
 
 def test_the_figure_is_written(result, tmp_path):
