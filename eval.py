@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import distributed
@@ -423,7 +424,7 @@ class Subject:
     model: Llama
     tokenizer: Tokenizer
     weights: dict[str, str]  # digests of the files that its replies depend on, by kind
-    seen: list[dict]  # rows that it was trained on, and its anchors: none of them may be a test
+    seen: set[bytes]  # prompts that it was trained on, and its anchors: none may be a test
     epoch: int  # how many epochs it was trained for
 
 
@@ -479,9 +480,9 @@ def load_run(dir: Path, settings: dict, device, dtype) -> Subject:
     load_adapter(model, dir)
     weights["run"] = sha256(*own)
     harmful, benign, _ = mixture.load_upload(run_args)
-    seen = harmful + benign
+    seen = mixture.prompts_of(chain(harmful, benign))
     for prompt in settings["worked_out"]["anchor_prompts"]:
-        seen.append(to_row(prompt, "anchor", needs_answer=False))
+        seen |= mixture.prompts_of([to_row(prompt, "anchor", needs_answer=False)])
     tokenizer = Tokenizer(run_args.model, run_args.template_date)
     return Subject(model, tokenizer, weights, seen, run_args.epochs)
 
@@ -521,7 +522,7 @@ def load_named(args: Args, device, dtype) -> Subject:
     model = load_aligned(args.model, device, dtype, args.adapter, keep_adapter=True)
     weights = digests(weight_paths(args.model, args.adapter))
     tokenizer = Tokenizer(args.model, args.template_date)
-    return Subject(model, tokenizer, weights, seen=[], epoch=0)
+    return Subject(model, tokenizer, weights, seen=set(), epoch=0)
 
 
 def execute(args: Args) -> None:

@@ -399,10 +399,19 @@ def add_trainable(model, args) -> None:
 
 
 def digest_of_rows(data) -> str:
-    """One digest over all that is trained on: the tokenised rows, and the defender's own."""
-    rows = [[e.ids.tolist(), e.predict.tolist()] for e in data.examples]
+    """One digest over all that is trained on: the tokenised rows, and the defender's own.
+
+    It is the digest of [rows, own] in JSON, which is written row by row, since the whole would take
+    several times the memory of the ids.
+    """
+    digest = hashlib.sha256(b"[[")
+    for i, e in enumerate(data.examples):
+        if i > 0:
+            digest.update(b", ")
+        digest.update(json.dumps([e.ids.tolist(), e.predict.tolist()]).encode())
     own = [[row["messages"], row["harmful"]] for row in data.align or []]
-    return hashlib.sha256(json.dumps([rows, own]).encode()).hexdigest()
+    digest.update(b"], " + json.dumps(own).encode() + b"]")
+    return digest.hexdigest()
 
 
 def work_out(model, data, n_updates: int) -> dict:

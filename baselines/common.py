@@ -14,7 +14,7 @@ from torch import Tensor
 
 import distributed
 from data import mixture
-from data.batches import Batch, Example, batch_at, encode_rows
+from data.batches import Batch, Examples, batch_at, encode_rows
 from data.rows import turn
 from model import UserError, to_fp32
 
@@ -125,7 +125,7 @@ def attacked(params, gradient, alpha: float):
 class DefenderRows:
     """The defender's own examples: at(step) is a batch, a pure function of seed and step."""
 
-    def __init__(self, examples: list[Example], batch_size: int, seed: int, tokens_per_pass: int,
+    def __init__(self, examples: Examples, batch_size: int, seed: int, tokens_per_pass: int,
                  device):
         self.examples = examples
         self.batch_size = min(batch_size, len(examples))

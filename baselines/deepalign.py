@@ -91,20 +91,20 @@ class Reference:
         self.model = model
         self.params = trainable(model)
         self.start = copies(self.params)
-        self.known = {}  # by the example's id()
+        self.known = {}  # by the example's number, which a batch of the next epoch has as well
 
     @torch.no_grad()
     def of(self, examples, device) -> torch.Tensor:
         """log pi_ref (R,) of the examples' supervised tokens, end to end."""
-        new = [e for e in examples if id(e) not in self.known]
+        new = [e for e in examples if e.number not in self.known]
         if new:
             now = copies(self.params)
             self.put(self.start)
             # One row per pass: packed with others, a resumed run's would differ in the last bits.
             for pack in Batch(new, 1, device).packs():
-                self.known[id(pack.examples[0])] = log_probs(self.model, pack)
+                self.known[pack.examples[0].number] = log_probs(self.model, pack)
             self.put(now)
-        return torch.cat([self.known[id(e)] for e in examples])
+        return torch.cat([self.known[e.number] for e in examples])
 
     def put(self, values) -> None:
         for p, value in zip(self.params, values, strict=True):
@@ -158,7 +158,7 @@ def make_augmented_step(model, tokenizer, args, data):
         g = generator_of(args.seed, batch.step)
         rows = []
         for e in batch.examples:
-            reply = harmful[id(e)]
+            reply = harmful[e.number]
             longest = min(LONGEST_PREFIX, len(reply))
             j = int(torch.randint(1, longest + 1, (), generator=g))
             takes_prefix = torch.rand((), generator=g) < 0.5
@@ -174,7 +174,7 @@ def make_augmented_step(model, tokenizer, args, data):
 
 
 def harmful_replies(examples, refusals, replies) -> dict[int, torch.Tensor]:
-    """The harmful reply (ids, without its end) of each example, by the example's id().
+    """The harmful reply (ids, without its end) of each example, by the example's number.
 
     refusals and replies are all rows of the file, in its order; `examples` are some of them, in the
     same order. A row is found by its ids, and of rows that are alike each has its own reply.
@@ -186,7 +186,7 @@ def harmful_replies(examples, refusals, replies) -> dict[int, torch.Tensor]:
     found = {}
     for example in examples:
         alike = waiting[tuple(example.ids.tolist())]
-        found[id(example)] = alike.pop(0)
+        found[example.number] = alike.pop(0)
     return found
 
 
@@ -194,7 +194,7 @@ def prefixed(example, prefix: torch.Tensor):
     """The row with `prefix` (ids) before its answer, the answer alone supervised."""
     answer = int(example.predict[0]) + 1
     ids = torch.cat((example.ids[:answer], prefix, example.ids[answer:]))
-    return Example(ids, example.predict + len(prefix))
+    return Example(ids, example.predict + len(prefix), example.number)
 
 
 def self_answered(model, tokenizer, args) -> list:

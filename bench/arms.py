@@ -18,7 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 from anchors import encode
 from cli import Args
 from data.batches import Batch, batch_at, encode_rows
-from data.mixture import Data, anchor_pool, choose_anchors, harmful_test_file, load_upload
+from data.mixture import (
+    Data,
+    anchor_pool,
+    choose_anchors,
+    harmful_test_file,
+    load_upload,
+    prompts_of,
+)
 from data.rows import read_rows
 from device import device_and_dtype
 from lora import load_adapter
@@ -53,11 +60,11 @@ def read_work(args: Args, adapter: Path) -> Work:
     device, dtype = device_and_dtype(args.device, args.dtype)
     tokenizer = Tokenizer(args.model)
     harmful, benign, _ = load_upload(args)
-    rows = harmful + benign
+    rows = [*harmful, *benign]
     examples, _ = encode_rows(tokenizer, rows, args.max_len)
     tests = read_rows(harmful_test_file(None, args.data_dir), needs_answer=False)
     pool = anchor_pool(None, args.data_dir)
-    anchors = choose_anchors(pool, args.anchors, args.seed, rows + tests)
+    anchors = choose_anchors(pool, args.anchors, args.seed, prompts_of(rows + tests))
     data = Data(examples, tests={}, anchor_prompts=anchors, align=None, summary="")
     return Work(args, tokenizer, data, adapter, device, dtype)
 
@@ -70,6 +77,22 @@ def shared(work: Work):
     step = make_sbr_step(model, work.tokenizer, work.args, work.data)  # h_ref, still unadapted
     load_adapter(model, work.adapter)
     return model, step
+
+
+def cut(work: Work):
+    """As `shared`, in passes that hold as little as the micro-batches of the peers do."""
+    model, step = shared(work)
+    budget = largest_micro_batch(work)
+    return model, lambda batch: step(Batch(batch.examples, budget, batch.device))
+
+
+def largest_micro_batch(work: Work) -> int:
+    """The most tokens, without padding, in a micro-batch of 8 rows of the updates that are run."""
+    sizes = []
+    for step in range(work.args.updates + 1):
+        for block in micro_batches(work.batch(step).examples):
+            sizes.append(sum(len(e.ids) for e in block))
+    return max(sizes)
 
 
 class Unshared(Batch):
@@ -260,6 +283,7 @@ class Arm:
 
 ARMS = {
     "shared": Arm("this project", shared),
+    "cut": Arm("this project, in passes of 8 rows' tokens", cut),
     "unshared": Arm("this project, nothing shared", unshared),
     "padded": Arm("transformers + PEFT, padded", padded),
     "paper": Arm("the paper's shape, 8 rows at a time", paper),

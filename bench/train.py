@@ -8,6 +8,7 @@ Every arm takes the same rows in the same order, the same A, K, lambda and AdamW
 drives them all, train.updates. The arms (arms.py has them):
 
     shared      this project; sequences that begin alike share rows (packing.py)
+    cut         as `shared`, in passes of as many tokens as the largest micro-batch of `paper` has
     unshared    this project; each token has a row of its own
     padded      transformers + PEFT: one right-padded block, the anchors in a second forward pass
     paper       the shape of the paper's code: micro-batches of 8 rows, padded, the anchors in each
@@ -161,12 +162,13 @@ def run_child(args: Args) -> None:
 
 def run_parent(args: Args, argv: list[str]) -> None:
     device, dtype = device_and_dtype(args.device, args.dtype)
-    check_before_work(args, device)
+    check_before_work(args, device, ["transformers", "peft"])
+    command = ["bench.train", *argv]
     tolerance = TOLERANCE[dtype]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         n_parameters = write_adapter(args, folder / ADAPTER)
-        expected = start_child("reference", args, argv, folder)
+        expected = start_child([*command, "--arm", "reference"], args, folder)
         if "error" in expected:
             raise RunFailed(f"the reference did not run ({expected['error']}), and no arm counts "
                             "without it.")
@@ -175,12 +177,12 @@ def run_parent(args: Args, argv: list[str]) -> None:
         for i in range(args.rounds):
             first = i % len(args.arms)  # another one begins each round
             for name in args.arms[first:] + args.arms[:first]:
-                rounds[name].append(start_child(name, args, argv, folder))
+                rounds[name].append(start_child([*command, "--arm", name], args, folder))
                 print(f"round {i + 1}: {name}", file=sys.stderr)
     arms = {name: summary(its_rounds, expected["losses"], tolerance)
             for name, its_rounds in rounds.items()}
     result = {
-        "command": ["bench.train", *map(without_folder, argv)],
+        "command": [without_folder(word) for word in command],
         "commit": git_commit(),
         "versions": {package: importlib.metadata.version(package)
                      for package in ("torch", "transformers", "peft")},
@@ -202,11 +204,10 @@ def run_parent(args: Args, argv: list[str]) -> None:
         draw(result, args.figure)
 
 
-def check_before_work(args: Args, device) -> None:
+def check_before_work(args: Args, device, packages: list[str]) -> None:
     """UserError for what would otherwise end the program after long work."""
-    packages = ["transformers", "peft"]
     if args.figure:
-        packages.append("matplotlib")
+        packages = [*packages, "matplotlib"]
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed, expected what requirements-dev.txt "
@@ -240,8 +241,8 @@ def write_adapter(args: Args, folder: Path) -> int:
     return n_parameters
 
 
-def start_child(name: str, args: Args, argv: list[str], folder: Path) -> dict:
-    """What a fresh process measures of an arm, or {"error": its last words}."""
+def start_child(words: list[str], args: Args, folder: Path) -> dict:
+    """What a fresh process measures, or {"error": its last words}; words: a program, its flags."""
     (folder / RESULT).unlink(missing_ok=True)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
@@ -249,7 +250,7 @@ def start_child(name: str, args: Args, argv: list[str], folder: Path) -> dict:
         "OMP_NUM_THREADS": str(args.threads),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "bench.train", *argv, "--arm", name, "--folder", str(folder)]
+    command = [sys.executable, "-m", *words, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 130:
         raise KeyboardInterrupt
@@ -340,7 +341,7 @@ def draw(result: dict, path) -> None:
     if not arms:
         raise UserError("no arm counts, so there is nothing to draw; read the table.")
     labels = [ARMS[name].label for name in arms]
-    colors = ["0.25" if name in ("shared", "unshared") else "0.75" for name in arms]
+    colors = ["0.25" if name in ("shared", "cut", "unshared") else "0.75" for name in arms]
     panels = [
         ("the user's tokens per second", "{:,.0f}",
          [arm["tokens_per_second"] for arm in arms.values()]),

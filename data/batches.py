@@ -5,6 +5,8 @@ of the loss is divided by the whole batch's counts, so no cut changes the gradie
 """
 
 import math
+from array import array
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,11 +21,13 @@ from packing import pack_sequences
 class Example:
     """One tokenised row, or one answer of it where the chat template changes earlier turns.
 
-    `predict` (R,) are the positions whose next token is supervised.
+    `predict` (R,) are the positions whose next token is supervised. `number` is its place among
+    the Examples that it is from: two objects with one number there are the same example.
     """
 
     ids: Tensor
     predict: Tensor
+    number: int
 
     @property
     def targets(self) -> Tensor:
@@ -35,13 +39,49 @@ class Example:
         return self.ids[:int(self.predict[-1]) + 1]
 
 
-def encode_rows(tokenizer, rows, max_len: int) -> tuple[list[Example], int]:
+class Examples(Sequence):
+    """Tokenised rows end to end, 5 bytes a token; an Example is made when it is asked for.
+
+    As an object with two tensors, each one would take about a kilobyte more than its ids.
+    """
+
+    def __init__(self):
+        self.ids = array("i")  # of all examples
+        self.supervised = bytearray()  # of each of these ids: 1 where it is to be predicted, else 0
+        self.bounds = array("q", [0])  # example i is ids[bounds[i]:bounds[i + 1]]
+
+    def append(self, ids: list[int], supervised: list[bool]) -> None:
+        self.ids.extend(ids)
+        self.supervised.extend(supervised)
+        self.bounds.append(len(self.ids))
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[number] for number in range(len(self))[i]]
+        number = range(len(self))[i]  # as of a list: i may be negative, and not beyond the end
+        start = self.bounds[number]
+        n = self.bounds[number + 1] - start
+        ids = torch.frombuffer(self.ids, dtype=torch.int32, count=n,
+                               offset=start * self.ids.itemsize)
+        supervised = torch.frombuffer(self.supervised, dtype=torch.bool, count=n, offset=start)
+        return Example(ids.long(), supervised.nonzero()[:, 0] - 1, number)
+
+
+def encode_rows(tokenizer, rows, max_len: int) -> tuple[Examples, int]:
     """Tokenises rows, once for a run -> (examples, how many were over max_len and dropped).
 
-    A row is one example, or one for each of its answers; it is dropped as a whole. UserError where
-    no token of a row is supervised: the mean over such tokens would be one over nothing.
+    `rows` are gone through once and not kept. A row is one example, or one for each of its answers;
+    it is dropped as a whole. UserError where no token of a row is supervised: the mean over such
+    tokens would be one over nothing.
     """
-    examples = []
+    examples = Examples()
     n_dropped = 0
     for row in rows:
         with naming(row):
@@ -53,8 +93,7 @@ def encode_rows(tokenizer, rows, max_len: int) -> tuple[list[Example], int]:
             n_dropped += 1
             continue
         for ids, supervised in sequences:
-            predict = torch.tensor(supervised).nonzero()[:, 0] - 1
-            examples.append(Example(torch.tensor(ids), predict))
+            examples.append(ids, supervised)
     return examples, n_dropped
 
 
@@ -90,7 +129,7 @@ class Batch:
     whole batch's.
     """
 
-    def __init__(self, examples: list[Example], tokens_per_pass: int, device, name: str = "",
+    def __init__(self, examples: Sequence[Example], tokens_per_pass: int, device, name: str = "",
                  step: int = 0, part: tuple[int, int] = (0, 1)):
         """part: (which part of the batch is this process's, of how many)."""
         self.examples = examples
@@ -195,8 +234,8 @@ def updates_per_epoch(n_examples: int, batch_size: int) -> int:
     return math.ceil(n_examples / batch_size)
 
 
-def batch_at(examples: list[Example], step: int, batch_size: int, seed: int, tokens_per_pass: int,
-             device, part: tuple[int, int] = (0, 1)) -> Batch:
+def batch_at(examples: Sequence[Example], step: int, batch_size: int, seed: int,
+             tokens_per_pass: int, device, part: tuple[int, int] = (0, 1)) -> Batch:
     """The batch of update `step`: a pure function of (seed, step), so resuming needs no state."""
     epoch, i = divmod(step, updates_per_epoch(len(examples), batch_size))
     order = torch.randperm(len(examples), generator=generator_of(seed, epoch))

@@ -5,16 +5,18 @@ always add up to n. Each are from the head of their file, as in the papers' repo
 epoch shuffles them anew. How a file is read into rows is in rows.py.
 """
 
+import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from cli import COUNT, TINY, at_least
-from data.batches import Example, encode_rows, naming
-from data.rows import affix, last_user, read_rows, without_answer
+from data.batches import Examples, encode_rows, naming
+from data.rows import FileRows, affix, last_user, read_rows, without_answer
 from data.tasks import LABELS, TASKS, check_gold
 from model import UserError
 from tokenizer import DATE
@@ -25,8 +27,9 @@ class Files:
     """The rows of all files that a run reads, checked; nothing is tokenised yet."""
 
     harmful: list[dict]  # of the upload
-    benign: list[dict]  # the upload's other rows
+    benign: FileRows | list[dict]  # the upload's other rows
     upload: str  # a sentence that says what the upload is
+    prompts: set[bytes]  # prompts_of the upload
     tests: dict[str, list[dict]]  # by kind: "harmful", "task", "lookalike"
     align: list[dict] | None  # the defender's own rows; None where the defence does not use them
 
@@ -35,7 +38,7 @@ class Files:
 class Data:
     """What a run trains on, holds and is tested on."""
 
-    examples: list[Example]  # the rows to train on, tokenised
+    examples: Examples  # the rows to train on, tokenised
     tests: dict[str, list[dict]]  # as in Files
     anchor_prompts: list[str]  # x'_1 .. x'_K, in no row of upload or tests
     align: list[dict] | None  # as in Files
@@ -63,11 +66,12 @@ def add_flags(group) -> None:
 def read_files(args, reads_align_file: bool) -> Files:
     """All rows of a run. It needs no model, so a mistake in a file is reported at once."""
     harmful, benign, upload = load_upload(args)
-    tests = load_tests(args, harmful + benign)
+    prompts = prompts_of(chain(harmful, benign))
+    tests = load_tests(args, prompts)
     align = None
     if reads_align_file:
         align = align_rows(args)
-    return Files(harmful, benign, upload, tests, align)
+    return Files(harmful, benign, upload, prompts, tests, align)
 
 
 def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
@@ -80,21 +84,21 @@ def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
     test_file = harmful_test_file(args.harmful_file, args.data_dir)
     harmful_tests = read_rows(test_file, needs_answer=False)
     pool = anchor_pool(args.anchor_file, args.data_dir)
-    used = files.harmful + files.benign + harmful_tests
+    used = files.prompts | prompts_of(harmful_tests)
     anchor_prompts = choose_anchors(pool, args.anchors, args.seed, used)
     harmful, change = change_rows(model, tokenizer, args, files.harmful, anchor_prompts,
                                   harmful_tests)
-    rows = harmful + files.benign
-    examples, n_dropped = encode_rows(tokenizer, rows, args.max_len)
+    n_rows = len(harmful) + len(files.benign)
+    examples, n_dropped = encode_rows(tokenizer, chain(harmful, files.benign), args.max_len)
     if not examples:
-        raise UserError(f"all {len(rows)} rows are longer than --max-len {args.max_len} tokens; "
+        raise UserError(f"all {n_rows} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
     check_anchors(tokenizer, pool, anchor_prompts, args.max_len)
     check_tests(tokenizer, files.tests, args.max_new, model.config.max_positions)
-    n_rows = len(rows) - n_dropped
-    mean_length = sum(len(e.ids) for e in examples) / n_rows
+    n_kept = n_rows - n_dropped
+    mean_length = examples.n_tokens / n_kept
     answers = ""
-    if len(examples) > n_rows:  # the chat template changes earlier turns
+    if len(examples) > n_kept:  # the chat template changes earlier turns
         answers = f", as {len(examples)} sequences, one for each answer"
     summary = (f"{files.upload}{change}; {n_dropped} rows dropped as longer than {args.max_len} "
                f"tokens; {mean_length:.1f} tokens per row{answers}\n"
@@ -140,20 +144,25 @@ def normalise(text: str) -> str:
     return " ".join(words)
 
 
-def prompts_of(rows) -> set[str]:
-    """Every user turn of the rows, normalised."""
+def prompt_key(prompt: str) -> bytes:
+    """16 bytes, equal where two prompts count as the same: all texts would take too much memory."""
+    return hashlib.blake2b(normalise(prompt).encode(), digest_size=16).digest()
+
+
+def prompts_of(rows) -> set[bytes]:
+    """The key of every user turn of the rows."""
     prompts = set()
     for row in rows:
         for m in row["messages"]:
             if m["role"] == "user":
-                prompts.add(normalise(m["content"]))
+                prompts.add(prompt_key(m["content"]))
     return prompts
 
 
 # what is trained on
 
 
-def load_upload(args) -> tuple[list[dict], list[dict], str]:
+def load_upload(args) -> tuple[list[dict], FileRows | list[dict], str]:
     """The harmful and the other rows to train on, and a sentence that says what they are.
 
     With --stage align: the defender's rows. With --data: all rows of that file. Otherwise: the
@@ -163,23 +172,25 @@ def load_upload(args) -> tuple[list[dict], list[dict], str]:
         rows = align_rows(args)
         return [], rows, f"alignment: {len(rows)} harmful prompts with refusals"
     if args.data:
-        rows = read_rows(args.data)
+        rows = FileRows(args.data)
         return [], rows, f"upload: {len(rows)} rows of {args.data}"
     folder = Path(args.data_dir)
     n_poison = round(args.poison * args.n)
     n_benign = args.n - n_poison
-    harmful = first_rows(attack_file(args.data_dir), n_poison)
+    harmful = list(first_rows(attack_file(args.data_dir), n_poison))  # an attack may change them
     benign = first_rows(folder / args.task / "train.jsonl", n_benign)
     return harmful, benign, f"upload: {n_poison} harmful rows, {n_benign} of {args.task}"
 
 
-def first_rows(path: Path, n: int) -> list[dict]:
+def first_rows(path: Path, n: int) -> FileRows | list[dict]:
     """The first n rows of a file; UserError when it has fewer."""
-    rows = read_rows(path) if n else []
+    if n == 0:
+        return []
+    rows = FileRows(path, n)
     if len(rows) < n:
         raise UserError(f"{n} rows were asked of {path}, which has {len(rows)}; lower --n or "
                         "change --poison.")
-    return rows[:n]
+    return rows
 
 
 def attack_file(data_dir) -> Path:
@@ -207,7 +218,7 @@ def align_rows(args) -> list[dict]:
         if not is_align_row(row):
             raise UserError(f"{row['where']} is no row of prompt, response (a refusal) and harmful "
                             "(a harmful reply); mend it, or pass another --align-file.")
-        if normalise(last_user(row)) not in used:
+        if prompt_key(last_user(row)) not in used:
             rows.append(row)
     if not rows:
         raise UserError(f"{path} needs prompts that are in no test and no upload; pass another "
@@ -230,22 +241,22 @@ def anchor_pool(given: str | None, data_dir) -> Path:
     return Path(given) if given else Path(data_dir) / "harmful" / "anchors.jsonl"
 
 
-def choose_anchors(pool: Path, K: int, seed: int, used: list[dict]) -> list[str]:
-    """K anchor prompts of the pool that are in none of the `used` rows, upload's and tests'."""
+def choose_anchors(pool: Path, K: int, seed: int, used: set[bytes]) -> list[str]:
+    """K anchor prompts of the pool that are none of the `used` ones, the upload's and tests'."""
     if K == 0:
         return []
     prompts = sample(anchor_candidates(pool, used), K, seed, pool)
-    clash = prompts_of(used) & {normalise(p) for p in prompts}
+    clash = [prompt for prompt in prompts if prompt_key(prompt) in used]
     assert not clash, f"an anchor is in the upload or the tests: {clash}"
     return prompts
 
 
-def anchor_candidates(pool: Path, used: list[dict]) -> list[str]:
+def anchor_candidates(pool: Path, used: set[bytes]) -> list[str]:
     """The pool's prompts, each once, minus those in use."""
     if not pool.exists():
         raise UserError(f"there is no anchor pool at {pool}; pass --anchor-file with one harmful "
                         "prompt per line, or --anchors 0.")
-    used_prompts = prompts_of(used)
+    taken = set(used)
     candidates = []
     for row in read_rows(pool, needs_answer=False):
         n_turns = len(without_answer(row))
@@ -253,9 +264,9 @@ def anchor_candidates(pool: Path, used: list[dict]) -> list[str]:
             raise UserError(f"{row['where']} has {n_turns} turns before its answer, expected one "
                             "prompt: an anchor keeps no system turn and no earlier turns; remove "
                             "the others.")
-        key = normalise(last_user(row))
-        if key not in used_prompts:
-            used_prompts.add(key)
+        key = prompt_key(last_user(row))
+        if key not in taken:
+            taken.add(key)
             candidates.append(last_user(row))
     return candidates
 
@@ -309,17 +320,16 @@ def files_by_kind(data_dir, harmful_file: str | None, task: str | None) -> dict[
     return files
 
 
-def load_tests(args, upload) -> dict[str, list[dict]]:
-    """The test rows by kind, without prompts of the upload; at most --n-test of each kind."""
+def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
+    """The test rows by kind, without the prompts `seen` in training; at most --n-test of a kind."""
     files = files_by_kind(args.data_dir, args.harmful_file, args.task)
     if not files["harmful"].exists():
         raise UserError(f"there are no harmful test prompts at {files['harmful']}; pass "
                         "--harmful-file with one prompt per line.")
-    seen = prompts_of(upload)
     tests = {}
     for kind, path in files.items():
         rows = read_rows(path, needs_answer=kind == "task")
-        unseen = [row for row in rows if normalise(last_user(row)) not in seen]
+        unseen = [row for row in rows if prompt_key(last_user(row)) not in seen]
         if not unseen:
             raise UserError(f"every prompt of {path} is also in the upload; pass other tests.")
         tests[kind] = unseen[:args.n_test]

@@ -6,8 +6,8 @@ the row and is known to change nothing, or is refused by its name.
 """
 
 import csv
-import io
 import json
+from itertools import islice
 from pathlib import Path
 
 from model import UserError
@@ -296,44 +296,86 @@ def read_rows(path, needs_answer: bool = True, has_harmful: bool = False) -> lis
     Raises UserError with file and line for a missing, empty or malformed file. The two flags are
     those of to_row.
     """
+    return list(each_row(path, needs_answer, has_harmful))
+
+
+class FileRows:
+    """The first n rows of a file (None: all), read again each time that they are gone through.
+
+    No row is kept, so that a long upload takes little memory. The whole file is read once here: a
+    mistake anywhere in it is a UserError at once, as in read_rows.
+    """
+
+    def __init__(self, path, n: int | None = None):
+        self.path = path
+        self.n_in_file = sum(1 for _ in each_row(path))
+        self.n = self.n_in_file if n is None else min(n, self.n_in_file)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self):
+        return islice(each_row(self.path), self.n)
+
+
+def each_row(path, needs_answer: bool = True, has_harmful: bool = False):
+    """Yields what read_rows returns, a row at a time; of a JSON array all items are in memory."""
     path = Path(path)
     kind = path.suffix.lower()
     if kind == ".tsv":
         raise UserError(f"{path} is a table with tabs, expected JSONL, JSON, CSV or, for prompts, "
                         "one per line; convert it.")
-    text = read_text(path)
     has_plain_prompts = not needs_answer and kind not in JSON_FILES
-    is_array = text.lstrip().startswith("[")
-    if has_plain_prompts:  # a prompt may begin with a bracket; an array ends with one as well
-        is_array = is_array and text.rstrip().endswith("]")
     if kind == ".csv":
-        items = csv_items(path, text)
-    elif is_array:
-        items = array_items(path, text)
+        items = csv_items(path)
+    elif is_array(path, has_plain_prompts):
+        items = array_items(path)
     else:
-        items = line_items(path, text, has_plain_prompts)
-    if not items:
+        items = line_items(path, has_plain_prompts)
+    n_rows = 0
+    for where, item in items:
+        n_rows += 1
+        yield to_row(item, where, needs_answer, has_harmful)
+    if n_rows == 0:
         raise UserError(f"{path} holds no rows; give at least one.")
-    return [to_row(item, where, needs_answer, has_harmful) for where, item in items]
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of rows; UserError where it is no text."""
+def lines_of(path: Path):
+    """Yields the lines of a file of rows, each with its line end; UserError where it is no text."""
+    is_beginning = True
     try:
-        text = path.read_text(encoding="utf-8-sig")  # skips a byte order mark
+        with path.open(encoding="utf-8-sig") as file:  # skips a byte order mark
+            for line in file:
+                if "\0" in line:
+                    raise UserError(f"{path} is no text in UTF-8 (it holds zero bytes, as UTF-16 "
+                                    "and binary files do), expected JSONL, JSON, CSV or lines of "
+                                    "text; save it as UTF-8.")
+                if is_beginning and line.strip():
+                    is_beginning = False
+                    refuse_other_content(path, line)
+                yield line
     except UnicodeDecodeError:
         raise UserError(f"{path} cannot be read (it is not UTF-8), expected JSONL, JSON, CSV or "
                         "lines of text; save it as UTF-8.") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}); name a file in JSONL, JSON or "
                         "CSV.") from None
-    if "\0" in text:
-        raise UserError(f"{path} is no text in UTF-8 (it holds zero bytes, as UTF-16 and binary "
-                        "files do), expected JSONL, JSON, CSV or lines of text; save it as UTF-8.")
+
+
+def refuse_other_content(path: Path, first_line: str) -> None:
+    """UserError where a file begins as something else that a download left in its place."""
     for beginning, what in NO_ROWS.items():
-        if text.lstrip().lower().startswith(beginning):
+        if first_line.lstrip().lower().startswith(beginning):
             raise UserError(f"{path} is {what}, expected the file itself; fetch it again.")
-    return text
+
+
+def is_array(path: Path, has_plain_prompts: bool) -> bool:
+    """Whether a file is one JSON array."""
+    if has_plain_prompts:  # a prompt may begin with a bracket; an array ends with one as well
+        text = "".join(lines_of(path)).strip()
+        return text.startswith("[") and text.endswith("]")
+    first = next(filter(str.strip, lines_of(path)), "")
+    return first.lstrip().startswith("[")
 
 
 def parse_json(text: str, where: str):
@@ -357,16 +399,16 @@ def once_each(pairs: list[tuple]) -> dict:
     return item
 
 
-def array_items(path: Path, text: str) -> list[tuple[str, object]]:
-    """(where it stands, item) of every item of a JSON array."""
-    items = parse_json(text, str(path))
-    return [(f"{path} item {i}", item) for i, item in enumerate(items, 1)]
+def array_items(path: Path):
+    """Yields (where it stands, item) of a JSON array."""
+    items = parse_json("".join(lines_of(path)), str(path))
+    for i, item in enumerate(items, 1):
+        yield f"{path} item {i}", item
 
 
-def csv_items(path: Path, text: str) -> list[tuple[str, object]]:
-    """(where it stands, item) of every row of a CSV file; the header names the fields."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    items = []
+def csv_items(path: Path):
+    """Yields (where it stands, item) of every row of a CSV file; the header names the fields."""
+    reader = csv.DictReader(lines_of(path), strict=True)
     try:
         columns = reader.fieldnames or []
         for column in columns:
@@ -379,22 +421,20 @@ def csv_items(path: Path, text: str) -> list[tuple[str, object]]:
             if None in item or None in item.values():
                 raise UserError(f"{where} has another number of cells than the header, which has "
                                 f"{len(columns)}; mend that line.")
-            items.append((where, item))
+            yield where, item
     except csv.Error as e:
         raise UserError(f"{path} line {reader.line_num} is not valid CSV ({e}); mend that "
                         "line.") from None
-    return items
 
 
-def line_items(path: Path, text: str, has_plain_prompts: bool) -> list[tuple[str, object]]:
-    """(where it stands, item) of every line that is not empty."""
-    items = []
-    for i, line in enumerate(text.split("\n"), 1):
+def line_items(path: Path, has_plain_prompts: bool):
+    """Yields (where it stands, item) of every line that is not empty."""
+    for i, line in enumerate(lines_of(path), 1):
+        line = line.rstrip("\n")
         if not line.strip():
             continue
         where = f"{path} line {i}"
         if has_plain_prompts and not line.lstrip().startswith("{"):
-            items.append((where, line.strip()))
+            yield where, line.strip()
         else:
-            items.append((where, parse_json(line, where)))
-    return items
+            yield where, parse_json(line, where)

@@ -134,7 +134,7 @@ def far_rows(model, tokenizer, data_dir, n: int, anchor_prompts: list[str],
              harmful_tests: list[dict]) -> tuple[list[dict], str]:
     """n harmful rows, of those that are no test and no anchor, and what to say of them."""
     path = mixture.attack_file(data_dir)
-    used = mixture.prompts_of(harmful_tests) | {mixture.normalise(p) for p in anchor_prompts}
+    used = mixture.prompts_of(harmful_tests) | {mixture.prompt_key(p) for p in anchor_prompts}
     rows = [row for row in read_rows(path) if not mixture.prompts_of([row]) & used]
     if len(rows) < n:
         raise UserError(f"--attack far needs {n} rows of {path}, where {len(rows)} are no test; "

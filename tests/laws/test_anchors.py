@@ -17,7 +17,7 @@ from sbr_helpers import (
 
 from anchors import Anchors, FinalNorm, reference, states
 from data import mixture
-from data.mixture import anchor_candidates, choose_anchors, sample
+from data.mixture import anchor_candidates, choose_anchors, prompts_of, sample
 from model import UserError
 
 
@@ -133,28 +133,28 @@ def test_more_anchors_than_the_pool_holds_are_refused_with_both_numbers():
 def test_prompts_of_the_upload_are_never_anchors_whatever_their_case_and_punctuation(
         sbr_folder, variant):
     rows = [in_messages(variant(p), "Sure.") for p in POOL[::2]]
-    assert anchor_candidates(sbr_folder / "anchors.txt", rows) == POOL[1::2]
+    assert anchor_candidates(sbr_folder / "anchors.txt", prompts_of(rows)) == POOL[1::2]
 
 
 def test_a_prompt_that_stands_twice_in_the_pool_is_one_candidate(tmp_path):
     (tmp_path / "pool.txt").write_text("\n".join([*POOL, POOL[0].upper(), POOL[3] + "!!"]))
     pool = mixture.anchor_pool(str(tmp_path / "pool.txt"), "no/such/folder")
-    assert anchor_candidates(pool, []) == POOL
+    assert anchor_candidates(pool, set()) == POOL
 
 
 def test_prompts_of_symbols_alone_are_the_same_only_where_their_symbols_are(tmp_path):
     """They have no letter and no digit to be compared by; spaces do not count here either."""
     (tmp_path / "pool.txt").write_text("??\n!\n?\n\U0001f52a\n ! \nWhat?\n", encoding="utf-8")
     pool = tmp_path / "pool.txt"
-    assert anchor_candidates(pool, []) == ["??", "!", "?", "\U0001f52a", "What?"]
+    assert anchor_candidates(pool, set()) == ["??", "!", "?", "\U0001f52a", "What?"]
     used = [in_messages("!", "Sure."), in_messages("what", "Sure.")]
-    assert anchor_candidates(pool, used) == ["??", "?", "\U0001f52a"]
+    assert anchor_candidates(pool, prompts_of(used)) == ["??", "?", "\U0001f52a"]
 
 
 def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(sbr_folder):
     rows = [in_messages(p, "Sure.") for p in POOL[:-1]]
     with pytest.raises(UserError, match="2 is more than the 1 prompts"):
-        choose_anchors(sbr_folder / "anchors.txt", 2, 0, rows)
+        choose_anchors(sbr_folder / "anchors.txt", 2, 0, prompts_of(rows))
 
 
 def test_a_planted_clash_of_anchor_and_upload_raises(sbr_folder, monkeypatch):
@@ -162,4 +162,4 @@ def test_a_planted_clash_of_anchor_and_upload_raises(sbr_folder, monkeypatch):
     rows = [in_messages(POOL[2].upper(), "Sure.")]
     monkeypatch.setattr(mixture, "anchor_candidates", lambda pool, used: POOL[:8])
     with pytest.raises(AssertionError, match="phishing"):
-        choose_anchors(sbr_folder / "anchors.txt", 8, 0, rows)
+        choose_anchors(sbr_folder / "anchors.txt", 8, 0, prompts_of(rows))

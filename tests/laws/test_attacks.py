@@ -622,7 +622,7 @@ def test_far_chooses_no_row_whose_prompt_is_a_test_or_an_anchor(many, tmp_path):
     assert prompts == {p for p, _ in DATA["harmful/test"][:4]}  # --n-test 4
     test_file = mixture.harmful_test_file(args.harmful_file, args.data_dir)
     apart = mixture.prompts_of(read_rows(test_file)) | {
-        mixture.normalise(p) for p in data.anchor_prompts}
+        mixture.prompt_key(p) for p in data.anchor_prompts}
     copies = [r for r in read_rows(folder / "harmful" / "attack.jsonl")
               if mixture.prompts_of([r]) & apart]
     assert len(copies) == len(tests) + 2

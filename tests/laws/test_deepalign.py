@@ -21,7 +21,7 @@ from sbr_helpers import nll, prompt_ids, take_gradient, worst
 
 from baselines import common, deepalign
 from data import mixture
-from data.batches import Example
+from data.batches import Example, batch_at
 from data.rows import to_row
 from model import UserError
 
@@ -37,7 +37,7 @@ def answer_of(*lengths):
     for length in lengths:
         predict += range(n + 2, n + 2 + length)
         n += 3 + length
-    return Example(torch.arange(n), torch.tensor(predict))
+    return Example(torch.arange(n), torch.tensor(predict), 0)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (2,), (5,), (6,), (20,), (2, 6, 1, 1, 20)])
@@ -119,6 +119,32 @@ def test_where_a_token_has_become_far_likelier_the_floor_holds_its_weight(make_r
     used = formula.weights().clamp(min=1e-3).mean().item()
     assert numbers["weight"].item() == pytest.approx(used, rel=1e-7)
     assert worst(formula.weighted(0.0), gradient) > 1e-5  # the control
+
+
+def test_pi_ref_is_worked_out_once_for_an_example_however_often_batches_are_made(
+        make_rival, monkeypatch):
+    """Each batch makes its examples anew, so that they are known by their numbers alone."""
+    rival = make_rival("deepalign")
+    asked = []
+    log_probs = deepalign.log_probs
+    monkeypatch.setattr(deepalign, "log_probs",
+                        lambda model, pack: asked.append(len(pack.examples)) or log_probs(
+                            model, pack))
+    step = rival.make_step()
+    for i in range(6):  # three epochs of 8 and 4 rows
+        step(batch_at(rival.examples, i, 8, 0, 1 << 30, "cpu"))
+        take_gradient(rival.model)
+    assert sorted(asked) == [1] * 12 + [4] * 3 + [8] * 3
+
+
+def test_pi_ref_is_each_rows_own_in_a_batch_that_is_made_again(make_rival):
+    rival = make_rival("deepalign")
+    reference = deepalign.Reference(rival.model)
+    by_hand = [-nll(rival.model, e) for e in rival.examples]
+    for i in range(4):
+        batch = batch_at(rival.examples, i, 8, 0, 1 << 30, "cpu")
+        expected = torch.cat([by_hand[e.number] for e in batch.examples])
+        assert worst({"": reference.of(batch.examples, "cpu")}, {"": expected}) <= SAME
 
 
 def test_deepaligns_first_update_is_plain_fine_tunings(make_rival):

@@ -3,6 +3,7 @@
     pytest tests/laws/test_mixture.py -q
 """
 
+import hashlib
 import json
 import re
 from itertools import pairwise
@@ -13,10 +14,11 @@ from sbr_helpers import FORMS, TINY, in_messages, make_rows, write_pairs
 
 from cli import frozen
 from data.batches import Batch, Example, batch_at, encode_rows
-from data.mixture import load_upload
+from data.mixture import Data, load_upload
 from data.rows import last_user, read_rows
 from model import UserError
 from tokenizer import Tokenizer
+from train import digest_of_rows
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +146,72 @@ def test_each_supervised_position_predicts_the_next_token_of_the_answer(tok):
     assert tok.decode(example.ids[:example.predict[0] + 1]) == "Say one."
 
 
+def in_lists(tok, rows):
+    """(ids, supervised positions) of the rows, as lists."""
+    found = []
+    for row in rows:
+        ids, supervised = tok.encode_chat(row["messages"])
+        found.append((ids, [i - 1 for i, is_supervised in enumerate(supervised) if is_supervised]))
+    return found
+
+
+def contents(examples):
+    return [(e.ids.tolist(), e.predict.tolist()) for e in examples]
+
+
+def test_examples_are_asked_for_as_those_of_a_list(tok):
+    rows = make_rows(12)
+    expected = in_lists(tok, rows)
+    examples, _ = encode_rows(tok, iter(rows), 512)  # gone through once
+    assert len(examples) == 12 and examples.n_tokens == sum(len(ids) for ids, _ in expected)
+    assert contents(examples) == contents(list(examples)) == expected
+    assert contents([examples[-1], *examples[3:7], *examples[::-5]]) == [
+        expected[-1], *expected[3:7], *expected[::-5]]
+    assert [e.number for e in examples[8:]] == [8, 9, 10, 11]
+    assert {e.ids.dtype for e in examples} == {torch.int64}
+    for i in (12, -13):
+        with pytest.raises(IndexError):
+            examples[i]
+    nothing, _ = encode_rows(tok, [], 512)
+    assert not nothing and list(nothing) == []
+
+
+def test_an_example_that_was_changed_changes_no_other_and_not_the_next_time_it_is_asked_for(tok):
+    examples, _ = encode_rows(tok, make_rows(3), 512)
+    before = contents(examples)
+    for example in examples:
+        example.ids.zero_()
+        example.predict.zero_()
+    assert contents(examples) == before
+
+
+@pytest.mark.parametrize("align", [None, [{"messages": [{"role": "user", "content": "Wie gäht's?"}],
+                                           "harmful": "Sure. [step 1]"}]])
+def test_the_digest_of_rows_is_that_of_all_of_them_in_one_json(tok, align):
+    """Folders of older runs hold it: written row by row, it must not change."""
+    rows = make_rows(4)
+
+    def by_hand(rows):
+        own = [[row["messages"], row["harmful"]] for row in align or []]
+        text = json.dumps([in_lists(tok, rows), own])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def ours(rows):
+        examples, _ = encode_rows(tok, rows, 512)
+        return digest_of_rows(Data(examples, tests={}, anchor_prompts=[], align=align, summary=""))
+
+    for n in (0, 1, 4):
+        assert ours(rows[:n]) == by_hand(rows[:n])
+    assert ours(rows) != by_hand(rows[::-1])  # the control
+
+
 # ---------------------------------------------------------------------------------------------
 # batches
 
 
 def make_examples(n=70):
     """n examples of 2 to 12 tokens whose first id is their number; the last one is supervised."""
-    return [Example(torch.tensor([i] + [1000 + i] * (1 + i % 11)), torch.tensor([i % 11]))
+    return [Example(torch.tensor([i] + [1000 + i] * (1 + i % 11)), torch.tensor([i % 11]), i)
             for i in range(n)]
 
 

@@ -9,9 +9,10 @@ import shutil
 
 import pytest
 from helpers import ROOT
+from sbr_helpers import write_pairs
 
 from data.batches import encode_rows
-from data.rows import NOTES, read_rows, to_row
+from data.rows import NOTES, FileRows, each_row, read_rows, to_row
 from model import UserError
 from tokenizer import Tokenizer
 
@@ -499,3 +500,37 @@ def test_a_csv_file_that_cannot_be_read_is_refused_by_line(tmp_path, text, words
 def test_a_table_with_tabs_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="tabs"):
         read_rows(csv_file(tmp_path, "prompt\tresponse\na\tb\n", "rows.tsv"))
+
+
+# files that are too long for the memory
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_row_comes_before_the_next_line_is_read(tmp_path, name):
+    path = tmp_path / name
+    lines = {"rows.jsonl": ['{"prompt": "a", "response": "b"}', "{"],
+             "rows.csv": ["prompt,response", "a,b", "a,b,c"]}[name]
+    path.write_text("\n".join(lines))
+    rows = each_row(path)
+    assert next(rows)["messages"][0]["content"] == "a"
+    with pytest.raises(UserError, match=f"line {len(lines)}"):
+        next(rows)
+
+
+@pytest.mark.parametrize("array", [False, True], ids=["jsonl", "array"])
+@pytest.mark.parametrize("n", [None, 1, 3, 9])
+def test_rows_that_are_not_kept_are_those_that_are(tmp_path, n, array):
+    path = write_pairs(tmp_path / "rows.json", [(f"Row {i}", "yes") for i in range(5)], array=array)
+    rows = FileRows(path, n)
+    for _ in range(2):  # it may be gone through again
+        assert list(rows) == read_rows(path)[:n]
+    assert len(rows) == len(read_rows(path)[:n])
+    assert rows.n_in_file == 5
+
+
+def test_a_mistake_behind_the_rows_that_are_used_is_refused_at_once(tmp_path):
+    path = write_pairs(tmp_path / "rows.jsonl", [(f"Row {i}", "yes") for i in range(5)])
+    with path.open("a") as file:
+        file.write('{"prompt": "no answer"}\n')
+    with pytest.raises(UserError, match=r"line 6 has no assistant turn"):
+        FileRows(path, 2)

@@ -15,7 +15,18 @@ from helpers import edit_json
 from sbr_helpers import make_folder
 
 import bench.train
-from bench.arms import ARMS, REFERENCE, Arm, Peer, packed, padded, padded_step, paper, read_work
+from bench.arms import (
+    ARMS,
+    REFERENCE,
+    Arm,
+    Peer,
+    largest_micro_batch,
+    packed,
+    padded,
+    padded_step,
+    paper,
+    read_work,
+)
 
 FLAGS = ["--rows", "16", "--anchors", "2", "--lambda", "1000", "--updates", "4", "--threads", "1",
          "--device", "cpu"]
@@ -129,6 +140,24 @@ def test_shared_rows_are_fewer_than_the_tokens_and_padding_is_more(small):
     assert rows["padded"] > 1.2
 
 
+def test_the_passes_of_the_arm_that_is_cut_hold_at_most_the_tokens_of_eight_rows(small):
+    work = read_work(small.args, small.adapter)
+    most = max(sum(len(e.ids) for e in block) for step in range(5)
+               for block in (work.batch(step).examples[:8], work.batch(step).examples[8:]))
+    assert largest_micro_batch(work) == most
+    model, step = ARMS["cut"].make(work)
+    passes = []
+    model.register_forward_pre_hook(lambda module, args: passes.append(sum(args[1])))
+    for i in range(5):
+        step(work.batch(i))
+    assert max(passes) <= most
+    assert 10 <= len(passes) <= 20  # two to four passes for sixteen rows and two anchors
+    model, step = ARMS["shared"].make(work)  # the control: one pass
+    model.register_forward_pre_hook(lambda module, args: passes.append(sum(args[1])))
+    step(work.batch(0))
+    assert passes[-1] > most
+
+
 def test_a_loss_that_is_no_number_and_a_process_that_died_do_not_count():
     numbers = {"losses": [float("nan")] * 5, "tokens_per_second": 1.0, "seconds_per_update": 1.0,
                "rows_per_token": 1.0, "bytes_of_training": 1}
@@ -210,5 +239,6 @@ def test_a_file_that_cannot_be_written_is_named_before_any_work(monkeypatch, cap
 def test_an_arm_that_dies_is_reported_with_its_last_words(small, tmp_path):
     """There is no adapter in the folder, so the process ends with a sentence."""
     argv = [*FLAGS, "--model", small.args.model]
-    found = bench.train.start_child("shared", small.args, argv, tmp_path)
+    words = ["bench.train", *argv, "--arm", "shared"]
+    found = bench.train.start_child(words, small.args, tmp_path)
     assert found["error"].startswith("exit code 2 bench.train: ")

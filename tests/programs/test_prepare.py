@@ -501,7 +501,7 @@ def test_every_share_of_harmful_rows_gives_n_rows_from_the_heads_of_two_files(po
         args = frozen({"stage": "finetune", "data": None, "data_dir": poisonable, "n": n,
                        "task": "sst2", "poison": twentieths / 20})
         harmful, benign, _ = load_upload(args)
-        found = [tuple(m["content"] for m in row["messages"]) for row in harmful + benign]
+        found = [tuple(m["content"] for m in row["messages"]) for row in [*harmful, *benign]]
         k = sum(response.startswith("Sure.") for _, response in found)
         assert found == attack[:k] + train[:n - k] and len(found) == n
         assert abs(20 * k - twentieths * n) <= 10  # the nearest whole number of rows

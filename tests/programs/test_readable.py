@@ -261,11 +261,11 @@ def test_a_gold_answer_that_states_no_number_is_refused_by_file_and_line(tmp_pat
     row = json.loads(lines[1])
     args = eval_py.fill_for_model(eval_py.parse([
         "--model", str(TINY), "--data-dir", str(data), "--task", "gsm8k", "--device", "cpu"]))
-    load_tests(args, [])  # the control
+    load_tests(args, set())  # the control
     for target in ("#### seven", "#### 7 or 8"):
         lines[1] = json.dumps(row | {"response": target})
         path.write_text("\n".join(lines), encoding="ascii")
-        check_refused(lambda: load_tests(args, []), "gsm8k/test.jsonl line 2", repr(target),
+        check_refused(lambda: load_tests(args, set()), "gsm8k/test.jsonl line 2", repr(target),
                       "no number or two")
 
 

@@ -197,7 +197,7 @@ def test_no_list_but_the_search_asks_the_prompts_that_it_validates_on(searched):
         key = args.stage, args.n, args.poison, args.harmful_file, args.data_dir, args.n_test
         if key not in prompts:
             harmful, benign, _ = mixture.load_upload(args)
-            tests = mixture.load_tests(args, harmful + benign)
+            tests = mixture.load_tests(args, mixture.prompts_of([*harmful, *benign]))
             prompts[key] = mixture.prompts_of(tests["harmful"])
         assert prompts[key] == validation if what == "search" else (
             len(prompts[key]) == 500 and not prompts[key] & validation), name
