@@ -17,9 +17,13 @@ from rival_helpers import NAMES
 from safetensors.torch import save_file
 from sbr_helpers import SAME, TINY, take_gradient
 
+import distributed
+import eval as eval_py
+import generate as generate_py
 from data.batches import Batch, Example, share_out
 from distributed import EMBEDDING, HEAD, find_tensors
 from model import INDEX, SINGLE, Llama, UserError, read_config
+from runs import Bystander
 
 # Of the others an update is not the sum of its parts: it has a norm over the whole batch in it, or
 # a term beside the batch. They are in programs/test_two_processes.py.
@@ -232,3 +236,23 @@ def test_a_tensor_in_two_files_is_refused(untied):
         '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
     with pytest.raises(UserError, match=f"both hold {HEAD}"):
         find_tensors(untied, on_meta(untied))
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("program, argv", [(eval_py, []), (generate_py, ["--prompt", "Hello"])])
+def test_a_program_for_one_process_says_so_to_several(program, argv, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert program.main(argv) == 2
+    assert "2 processes of a program that works as one" in capsys.readouterr().err
+
+
+def test_a_process_that_sees_another_folder_than_the_first_says_so(monkeypatch, tmp_path):
+    bystander = Bystander(tmp_path, {})
+    monkeypatch.setattr(distributed, "by_the_first", lambda work: 7)
+    with pytest.raises(UserError, match="at update 0 here and at update 7 for the first process"):
+        bystander.start(None, None, None)
+    monkeypatch.setattr(distributed, "by_the_first", lambda work: 0)  # the control
+    step, _ = bystander.start(None, None, None)
+    assert step == 0
