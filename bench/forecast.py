@@ -62,20 +62,20 @@ class Model:
     n_active: int = 1  # of these, how many a token goes through
     note: str = ""
 
-    def blocks(self, n_expert: int) -> int:
-        """Weights of the linear layers of all blocks, with this many MLPs in each."""
+    def blocks(self, n_mlp: int) -> int:
+        """Weights of the linear layers of all blocks, counting so many MLPs in each."""
         q_and_o = 2 * self.dim * self.n_head * self.head_dim
         k_and_v = 2 * self.dim * self.n_kv_head * self.head_dim
         mlp = 3 * self.dim * self.hidden_dim  # gate, up, down
         router = self.dim * self.n_expert if self.n_expert > 1 else 0
-        return self.n_layer * (q_and_o + k_and_v + n_expert * mlp + router)
+        return self.n_layer * (q_and_o + k_and_v + n_mlp * mlp + router)
 
-    def adapters(self, n_expert: int) -> int:
+    def adapters(self, n_mlp: int) -> int:
         """A and B of all projections: r (in + out) each."""
         q_and_o = 2 * (self.dim + self.n_head * self.head_dim)
         k_and_v = 2 * (self.dim + self.n_kv_head * self.head_dim)
         mlp = 3 * (self.dim + self.hidden_dim)
-        return self.n_layer * RANK * (q_and_o + k_and_v + n_expert * mlp)
+        return self.n_layer * RANK * (q_and_o + k_and_v + n_mlp * mlp)
 
     @property
     def head(self) -> int:
@@ -153,8 +153,10 @@ def held(m: Model, gpus: int, shard: bool) -> dict[str, float]:
     parts = gpus if shard else 1
     # The block that runs, the next one, and the buffer in which that one arrives.
     gathered = 3 * block if shard else 0
-    # fp32: adapter, gradient, two moments; its bf16 copy; the message, and the sum that comes back.
-    of_adapters = adapters * (4 + 4 + 8 + 2 + (8 if gpus > 1 else 0))
+    # fp32: adapter, gradient, two moments; then its copy in bf16.
+    of_adapters = adapters * (4 + 4 + 8 + 2)
+    if gpus > 1:  # the message, and the sum that comes back
+        of_adapters += adapters * (4 + 4)
     # The head is whole on each GPU. So is the embedding while a batch runs: FSDP2 keeps what its
     # outermost module gathered in forward until backward is done.
     whole = 2 * m.head + (2 * m.head if shard else 0)
