@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{flag} was given an empty value; leave it out, or name what is meant")
 
     def error(self, message):
-        print(f"{self.prog}: {message} (--help lists the options).", file=sys.stderr)
+        say(f"{self.prog}: {message} (--help lists the options).")
         sys.exit(2)
 
 
@@ -92,18 +92,18 @@ def exit_code(prog: str, work, resumable: bool = False) -> int:
         work()
         return 0
     except UserError as e:
-        print(f"{prog}: {e}", file=sys.stderr)
+        say(f"{prog}: {e}")
         return 2
     except KeyboardInterrupt:
         code = 130
         message = "interrupted"
     except RunFailed as e:
-        print(f"{prog}: {e}", file=sys.stderr)
+        say(f"{prog}: {e}")
         return 3
     except (OSError, SafetensorError) as e:  # safetensors' own for a full disk
         if isinstance(e, OSError) and e.errno in WRONG_PATH:
-            print(f"{prog}: {e.filename} cannot be used ({e.strerror}); name another path, or put "
-                  "this one right.", file=sys.stderr)
+            say(f"{prog}: {e.filename} cannot be used ({e.strerror}); name another path, or put "
+                "this one right.")
             return 2
         code = 3
         message = str(e)
@@ -116,8 +116,16 @@ def exit_code(prog: str, work, resumable: bool = False) -> int:
             message += "; an update needs less with a smaller --tokens-per-pass or --recompute"
     if resumable:
         message += "; what was saved is kept, and --resume goes on from there."
-    print(f"{prog}: {message}", file=sys.stderr)
+    say(f"{prog}: {message}")
     return code
+
+
+def say(sentence: str) -> None:
+    """Writes a line to stderr, in one piece.
+
+    print() may write its end apart, and several processes of a run may speak at the same time.
+    """
+    sys.stderr.write(sentence + "\n")
 
 
 def is_out_of_memory(error: Exception) -> bool:

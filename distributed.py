@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from cli import RunFailed
 from lora import adapted, adapter_state, trainable
@@ -110,7 +111,20 @@ def join(device: torch.device) -> None:
             raise UserError(f"torchrun started a process for GPU {gpu}, and this machine has "
                             f"{torch.cuda.device_count()}; lower --nproc-per-node.")
         torch.cuda.set_device(gpu)
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store, number, n = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # --max-restarts: torchrun keeps one store for all attempts, and a process would find there
+        # the addresses of those that have ended. With several machines each has its own count.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, timeout=PATIENCE, world_size=n, rank=number, store=store)
+
+
+def check_alone() -> None:
+    """UserError where torchrun started several processes of a program that is made for one."""
+    _, n = started()
+    if n > 1:
+        raise UserError(f"torchrun started {n} processes of a program that works as one; "
+                        "start it without torchrun.")
 
 
 def leave() -> None:
@@ -209,11 +223,6 @@ def collect(values: list) -> list:
     for r, of_process in enumerate(lists):
         whole[r::size()] = of_process
     return whole
-
-
-def wait_for_all() -> None:
-    """Returns when every process has come here."""
-    count(0)
 
 
 def check_alike(model) -> None:

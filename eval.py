@@ -527,6 +527,7 @@ def load_named(args: Args, device, dtype) -> Subject:
 
 def execute(args: Args) -> None:
     """Evaluates --model, or a run."""
+    distributed.check_alone()
     if args.model:
         args = fill_for_model(args)
         numbers = evaluate_subject(args, partial(load_named, args))

@@ -250,6 +250,7 @@ def parse(argv=None):
 
 def execute(args) -> None:
     """Prints the model's greedy answer to --prompt."""
+    distributed.check_alone()
     device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
     model = load_aligned(args.model, device, dtype, args.adapter, keep_adapter=True)
     tokenizer = Tokenizer(args.model, args.template_date)

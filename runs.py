@@ -349,7 +349,7 @@ class Run:
             self.files[name].truncate(sizes[name])
         if "earlier_commands" in self.settings:  # a resumed run may have changed its tests
             write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
-        distributed.wait_for_all()  # the others restore from the folder as it is now
+        distributed.by_the_first(lambda: step)  # the others restore from the folder as it is now
         return step, progress
 
     def close(self) -> None:
@@ -423,11 +423,17 @@ class Bystander(Run):
         self.finished = False
 
     def start(self, model, optimizer, step_fn) -> tuple[int, Progress]:
-        distributed.wait_for_all()  # until the first process has put the folder in order
+        # The first process says where it begins when it has put the folder in order.
+        expected = distributed.by_the_first(lambda: None)
         state = self.dir / "state.safetensors"
-        if not state.exists():
-            return 0, Progress()
-        step, progress, _ = restore(state, model, optimizer, step_fn)
+        step = 0
+        progress = Progress()
+        if state.exists():
+            step, progress, _ = restore(state, model, optimizer, step_fn)
+        if step != expected:
+            raise UserError(f"{self.dir} is at update {step} here and at update {expected} for the "
+                            "first process, expected one folder that all machines see; put it on "
+                            "a disk that they share.")
         return step, progress
 
     def append(self, name: str, rows: list[dict]) -> None:

@@ -191,7 +191,9 @@ def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) 
             if step + 1 == n_updates:
                 run.save_adapter(model)
             run.save(model, optimizer, step_fn, step + 1, progress)
-            if stops:  # here alone, so that no run stops without its checkpoint
+            # Here alone, so that no run stops without its checkpoint; asked again, since the signal
+            # may have come while that was written.
+            if distributed.any_of(stop.requested):
                 raise KeyboardInterrupt
         if epoch_ends:
             evaluate_if_due(epochs_done, step + 1)

@@ -104,10 +104,10 @@ def program(name, argv, cwd, **how):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 
-def torchrun(n, name, argv, cwd):
-    """The same in n processes, as a user starts them."""
+def torchrun(n, name, argv, cwd, *own):
+    """The same in n processes, as a user starts them; own: further flags of torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                str(n), "--", str(ROOT / name), *argv]
+                str(n), *own, "--", str(ROOT / name), *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(launcher, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)

@@ -6,6 +6,8 @@ Here the parts are worked out one after another in one process; programs/test_tw
 real ones.
 """
 
+import errno
+import io
 import random
 import shutil
 from itertools import chain
@@ -17,9 +19,15 @@ from rival_helpers import NAMES
 from safetensors.torch import save_file
 from sbr_helpers import SAME, TINY, take_gradient
 
+import cli
+import distributed
+import eval as eval_py
+import generate as generate_py
+from cli import Parser, RunFailed
 from data.batches import Batch, Example, share_out
 from distributed import EMBEDDING, HEAD, find_tensors
 from model import INDEX, SINGLE, Llama, UserError, read_config
+from runs import Bystander
 
 # Of the others an update is not the sum of its parts: it has a norm over the whole batch in it, or
 # a term beside the batch. They are in programs/test_two_processes.py.
@@ -231,3 +239,62 @@ def test_a_tensor_in_two_files_is_refused(untied):
         '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
     with pytest.raises(UserError, match=f"both hold {HEAD}"):
         find_tensors(untied, on_meta(untied))
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("program, argv", [(eval_py, []), (generate_py, ["--prompt", "Hello"])])
+def test_a_program_for_one_process_says_so_to_several(program, argv, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert program.main(argv) == 2
+    assert "2 processes of a program that works as one" in capsys.readouterr().err
+
+
+def test_a_process_that_sees_another_folder_than_the_first_says_so(monkeypatch, tmp_path):
+    bystander = Bystander(tmp_path, {})
+    monkeypatch.setattr(distributed, "by_the_first", lambda work: 7)
+    with pytest.raises(UserError, match="at update 0 here and at update 7 for the first process"):
+        bystander.start(None, None, None)
+    monkeypatch.setattr(distributed, "by_the_first", lambda work: 0)  # the control
+    step, _ = bystander.start(None, None, None)
+    assert step == 0
+
+
+class Pieces(io.StringIO):
+    """A stderr that notes what is written at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
+
+    def write(self, text):
+        self.pieces.append(text)
+        return super().write(text)
+
+    def reconfigure(self, **how):
+        pass
+
+
+@pytest.mark.parametrize("error", [
+    UserError("wrong"), RunFailed("failed"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full"),
+    OSError(errno.EISDIR, "a folder", "x"), MemoryError(), None], ids=repr)
+def test_a_sentence_is_written_in_one_piece(error, monkeypatch):
+    """Processes share stderr, so a line that is written in two pieces may have another inside."""
+    stderr = Pieces()
+    monkeypatch.setattr("sys.stderr", stderr)
+
+    def work():
+        if error is None:
+            Parser("p", "").parse_args(["--no-such-flag"])
+        raise error
+
+    if error is None:
+        with pytest.raises(SystemExit):
+            cli.exit_code("p", work)
+    else:
+        assert cli.exit_code("p", work) != 0
+    piece, = stderr.pieces
+    assert piece.startswith("p: ") and piece.endswith("\n") and piece.count("\n") == 1
+    print("p: a control", file=stderr)
+    assert len(stderr.pieces) == 3

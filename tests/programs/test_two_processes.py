@@ -194,6 +194,18 @@ def test_a_run_goes_on_with_another_number_of_processes(
     check_same_run(run, run_of_one)
 
 
+def test_torchrun_can_start_the_processes_again_after_one_was_killed(
+        inputs, run_of_one, tmp_path):
+    run = tmp_path / "out"
+    argv = flags(inputs, **RUN, resume=True)
+    job = torchrun(2, "train.py", argv, tmp_path, "--max-restarts", "2")
+    wait_for((run / "state.safetensors").exists)
+    os.kill(process_of(run, 1), signal.SIGKILL)
+    err = finish(job)
+    assert "has ended" in err, "it was killed too late"
+    check_same_run(run, run_of_one)
+
+
 def test_ctrl_c_stops_all_processes_at_one_update_with_a_checkpoint(inputs, tmp_path):
     run = tmp_path / "out"
     job = torchrun(2, "train.py", flags(inputs, **LONG), cwd=tmp_path)
