@@ -188,7 +188,9 @@ def add_up(model, *numbers) -> tuple:
         parts.append(gradient.flatten())
     for number in numbers:
         parts.append(torch.as_tensor(number).reshape(1).to(parts[0]))
-    summed = total(torch.cat(parts)).split([len(part) for part in parts])
+    buffer = torch.cat(parts)
+    dist.all_reduce(buffer)
+    summed = buffer.split([len(part) for part in parts])
     for p, gradient in zip(params, summed, strict=False):  # behind the gradients come the numbers
         p.grad = gradient.view_as(p)
     return tuple(number.squeeze(0) for number in summed[len(params):])
@@ -232,13 +234,31 @@ def check_alike(model) -> None:
     digest = hashlib.sha256()
     for tensor in adapter_state(model).values():
         digest.update(tensor.numpy().tobytes())
-    lists = [None] * size()
-    dist.all_gather_object(lists, digest.hexdigest())
-    for r, other in enumerate(lists):
-        if other != lists[0]:
-            raise RunFailed(f"the adapters of process {r + 1} are no longer those of process 1, "
-                            "so nothing is saved; --resume goes on from the last checkpoint. Are "
-                            "these machines and their software alike?")
+    other = differing(digest.hexdigest())
+    if other is not None:
+        raise RunFailed(f"the adapters of process {other + 1} are no longer those of process 1, "
+                        "so nothing is saved; --resume goes on from the last checkpoint. Are these "
+                        "machines and their software alike?")
+
+
+def check_rows(digest: str) -> None:
+    """UserError unless all processes have read the same rows, by their digest."""
+    other = differing(digest)
+    if other is not None:
+        raise UserError(f"process {other + 1} has read other rows than process 1, expected the "
+                        "same files on all machines; copy them anew.")
+
+
+def differing(value) -> int | None:
+    """The number of a process whose value is not the first one's; None: they are the same."""
+    if size() == 1:
+        return None
+    values = [None] * size()
+    dist.all_gather_object(values, value)
+    for number, other in enumerate(values):
+        if other != values[0]:
+            return number
+    return None
 
 
 # a base that is spread over the processes: --shard

@@ -494,6 +494,7 @@ def execute(args: Args, command: list[str]) -> None:
     n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
     paths = weight_paths(args.model, args.adapter) | data_paths(args, reads_align_file)
     worked_out = work_out(model, data, n_updates)
+    distributed.check_rows(worked_out["rows_sha256"])
     settings = distributed.by_the_first(lambda: run_settings(command, args, worked_out, paths))
     dir = distributed.by_the_first(lambda: choose_dir(args))
     run = open_run(dir, settings, args.resume)

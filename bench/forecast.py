@@ -155,8 +155,8 @@ def held(m: Model, gpus: int, shard: bool) -> dict[str, float]:
     gathered = 3 * block if shard else 0
     # fp32: adapter, gradient, two moments; then its copy in bf16.
     of_adapters = adapters * (4 + 4 + 8 + 2)
-    if gpus > 1:  # the message, and the sum that comes back
-        of_adapters += adapters * (4 + 4)
+    if gpus > 1:  # the message, summed in place, beside the gradients that it is made from
+        of_adapters += adapters * 4
     # The head is whole on each GPU. So is the embedding while a batch runs: FSDP2 keeps what its
     # outermost module gathered in forward until backward is done.
     whole = 2 * m.head + (2 * m.head if shard else 0)

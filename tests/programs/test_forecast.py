@@ -115,7 +115,7 @@ def rows(shared, own):
     for i in range(32):
         ids = torch.cat([torch.arange(shared), 1000 * (i + 1) + torch.arange(own + 1)])
         length = shared + own
-        examples.append(Example(ids, torch.arange(length - 2, length)))
+        examples.append(Example(ids, torch.arange(length - 2, length), i))
     return examples
 
 
