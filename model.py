@@ -542,9 +542,9 @@ class Padded:
         see = []
         self.shapes = []  # (B, Q, T) of each block
         for group in groups_of_like_size(n_own, lens):
-            queries = pad_sequence([own[i] for i in group], True, padding_value=-1)  # (B, Q)
-            keys = pad_sequence([rows[i] for i in group], True)  # (B, T)
-            ask.append(queries.flatten())
+            queries = pad_sequence([own[i] for i in group], batch_first=True, padding_value=-1)
+            keys = pad_sequence([rows[i] for i in group], batch_first=True)  # (B, T)
+            ask.append(queries.flatten())  # (B * Q,)
             see.append(keys.flatten())
             self.shapes.append((*queries.shape, keys.shape[1]))
         ask = torch.cat(ask)  # each row once, and -1 for padding
@@ -553,22 +553,28 @@ class Padded:
         self.see = to_device(torch.cat(see), position.device)  # cell of a key -> row
         self.cell = to_device(cell, position.device)  # (N,) row -> cell of its query
         self.masks = []  # (B, Q, T) each: what is added to the scores
-        for at, T in zip(self.queries(position), [T for _, _, T in self.shapes], strict=True):
-            later = torch.arange(T, device=at.device) > at[:, :, None]
-            self.masks.append(torch.zeros_like(later, dtype=torch.float32)
-                              .masked_fill(later, -math.inf))
+        for at, (_, _, T) in zip(self.queries(position), self.shapes, strict=True):
+            self.masks.append(causal_mask(at, T, torch.float32))
 
     def queries(self, x: Tensor) -> list[Tensor]:
         """x (N, ...) -> for each block (B, Q, ...)."""
-        return self.blocks(x, self.ask, [(B, Q) for B, Q, _ in self.shapes])
+        return gather_blocks(x, self.ask, [(B, Q) for B, Q, _ in self.shapes])
 
     def keys(self, x: Tensor) -> list[Tensor]:
         """x (N, ...) -> for each block (B, T, ...)."""
-        return self.blocks(x, self.see, [(B, T) for B, _, T in self.shapes])
+        return gather_blocks(x, self.see, [(B, T) for B, _, T in self.shapes])
 
-    def blocks(self, x: Tensor, cells: Tensor, shapes) -> list[Tensor]:
-        parts = x.index_select(0, cells).split([math.prod(shape) for shape in shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+def gather_blocks(x: Tensor, cells: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """The rows of x (N, ...) that `cells` names, in blocks of these shapes; one gather for all."""
+    parts = x.index_select(0, cells).split([math.prod(shape) for shape in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def causal_mask(position: Tensor, T: int, dtype) -> Tensor:
+    """What is added to the scores of queries at `position` (...) with T keys: (..., T)."""
+    later = torch.arange(T, device=position.device) > position[..., None]
+    return torch.zeros_like(later, dtype=dtype).masked_fill(later, -math.inf)
 
 
 # Two blocks mean twice the operations. They are made where they hold less than this share of the
@@ -592,7 +598,7 @@ def groups_of_like_size(n_own: Tensor, lens: Tensor) -> list[list[int]]:
     return [order[:first].tolist(), order[first:].tolist()]
 
 
-# Tokens of the longest sequence up to which short_attention is the faster one: measured, see
+# Tokens of a block's longest sequence up to which short_attention is the faster one: measured, see
 # docs/performance.md.
 SHORT = 64
 
@@ -601,25 +607,28 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention inside each sequence; q (N, H, D), k and v (N, KV, D) -> (N, H, D)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return varlen_attention(q, k, v, layout)
-    attention = padded_attention
-    if layout.T <= SHORT and q.is_cpu and q.dtype in (torch.float32, torch.float64):
-        attention = short_attention
     padded = layout.padded
     blocks = zip(padded.queries(q), padded.keys(k), padded.keys(v), padded.masks, strict=True)
-    outs = [attention(*block).flatten(0, 1) for block in blocks]  # (B * Q, H, D) each
+    outs = [block_attention(*block).flatten(0, 1) for block in blocks]  # (B * Q, H, D) each
     return torch.cat(outs).index_select(0, padded.cell)  # (N, H, D)
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v by PyTorch's kernel, of a block; shapes as below."""
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v of a block; q (B, Q, H, D), k and v (B, T, KV, D).
+
+    mask (B, Q, T) is the same for all heads.
+    """
+    if k.shape[1] <= SHORT and q.is_cpu and q.dtype in (torch.float32, torch.float64):
+        return short_attention(q, k, v, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, Q or T, D)
-    mask = mask[:, None].to(q.dtype)  # (B, 1, Q, T), the same for all heads
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    mask = mask[:, None].to(q.dtype)  # (B, 1, Q, T)
+    fewer_keys = k.shape[1] < q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=fewer_keys)
     return out.transpose(1, 2)
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same, written out; q (B, Q, H, D), k and v (B, T, KV, D), mask (B, Q, T).
+    """The same, written out.
 
     It holds all scores (B, H, Q, T) at once. For short sequences that is little, and on a CPU it is
     faster than PyTorch's kernel, which works through each head by blocks (docs/performance.md). In
@@ -711,7 +720,9 @@ class Decoder(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
+        # nn.Embedding(...) would draw its weights, and to draw on meta imports torch._dynamo: 1 s.
+        empty = torch.empty(c.vocab_size, c.dim)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps, c.gemma)
         self.config = c

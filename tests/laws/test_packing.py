@@ -279,7 +279,7 @@ def test_in_half_precision_scores_are_not_rounded(monkeypatch):
     half = [x.to(torch.bfloat16) for x in exact]
     truth = packed_attention(*(x.double() for x in half), layout)
     error = (packed_attention(*half, layout).double() - truth).norm()
-    monkeypatch.setattr(model_py, "padded_attention", short_attention)
+    monkeypatch.setattr(model_py, "block_attention", short_attention)
     rounded = packed_attention(*half, layout)
     assert error < 0.7 * (rounded.double() - truth).norm()
 
