@@ -12,7 +12,6 @@ import math
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +19,15 @@ import distributed
 from cli import COUNT, TINY, Parser, exit_code, text
 from device import add_device_flags, capture_cuda_graph, device_and_dtype
 from lora import load_adapter, merge
-from model import Config, Llama, UserError, load_model, to_device
+from model import (
+    Config,
+    Llama,
+    UserError,
+    block_attention,
+    causal_mask,
+    load_model,
+    to_device,
+)
 from packing import pack_sequences
 from tokenizer import DATE, Tokenizer
 
@@ -38,7 +45,7 @@ class KVCache:
         self.v = like.new_zeros(shape)
         self.length = torch.zeros(B, dtype=torch.long, device=like.device)  # tokens in each slot
         self.slots = None  # (B',) where the packed prompts of a prefill go; None: decoding
-        self.longest = 0  # tokens in the fullest slot, this step's included; known without a sync
+        self.longest = 0  # no slot holds more tokens, this step's included; known without a sync
 
     def prefill(self, layer: int, k: Tensor, v: Tensor, layout) -> None:
         """Stores the packed k, v (N, KV, D) of whole prompts; a shared row goes to each of them."""
@@ -46,25 +53,35 @@ class KVCache:
         self.k[layer, slot, :, layout.token_position] = k[layout.path]
         self.v[layer, slot, :, layout.token_position] = v[layout.path]
 
+    def begin_step(self, n: int, longest: int) -> None:
+        """Slots 0 .. n-1 get one more token, after which the fullest of them holds `longest`.
+
+        What follows from that is the same in all layers.
+        """
+        self.slots = None
+        self.longest = longest
+        self.slot = torch.arange(n, device=self.k.device)
+        self.position = self.length[:n]
+        self.mask = causal_mask(self.position, longest, self.k.dtype)  # (B, S)
+
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores one k, v per slot, (B, KV, D); each q attends to its slot, (B, H, D) -> same."""
-        B = len(q)
+        B, KV, D = k.shape
         S = self.longest
-        slot = torch.arange(B, device=q.device)
-        position = self.length[:B]
-        self.k[layer, slot, :, position] = k
-        self.v[layer, slot, :, position] = v
-        seen = torch.arange(S, device=q.device) <= position[:, None]  # (B, S)
+        self.k[layer, self.slot, :, self.position] = k
+        self.v[layer, self.slot, :, self.position] = v
         # The query heads that share a key head stand as query positions: no copy of the cache.
-        q = q.view(B, k.shape[1], -1, q.shape[-1])  # (B, KV, H / KV, D)
-        out = F.scaled_dot_product_attention(q, self.k[layer, :B, :, :S], self.v[layer, :B, :, :S],
-                                             attn_mask=seen[:, None, None])
-        return out.flatten(1, 2)
+        q = q.view(B, KV, -1, D).transpose(1, 2)  # (B, H / KV, KV, D)
+        mask = self.mask[:, None].expand(-1, q.shape[1], -1)  # (B, H / KV, S)
+        k = self.k[layer, :B, :, :S].transpose(1, 2)  # (B, S, KV, D)
+        v = self.v[layer, :B, :, :S].transpose(1, 2)  # (B, S, KV, D)
+        return block_attention(q, k, v, mask).transpose(1, 2).flatten(1, 2)
 
     def move(self, source: int, target: int) -> None:
         """Copies a slot's sequence into a freed one."""
-        self.k[:, target] = self.k[:, source]
-        self.v[:, target] = self.v[:, source]
+        S = self.longest
+        self.k[:, target, :, :S] = self.k[:, source, :, :S]
+        self.v[:, target, :, :S] = self.v[:, source, :, :S]
         self.length[target] = self.length[source]
 
 
@@ -170,6 +187,7 @@ class Engine:
         device = self.last.device
         packing = pack_sequences([row.prompt for row in rows[first:]])
         self.cache.slots = torch.arange(first, len(rows), device=device)
+        self.cache.longest = max(self.cache.longest, *packing.seqlens)
         logits = self.model(to_device(packing.ids, device), packing.seqlens, path=packing.path,
                             rows=to_device(packing.last_rows(), device), cache=self.cache)
         lengths = torch.tensor(packing.seqlens)
@@ -181,7 +199,6 @@ class Engine:
         """The next `steps` tokens of every row."""
         n = len(rows)
         longest = max(len(row.prompt) + len(row.reply) for row in rows)
-        self.cache.slots = None
         self.cache.length[n:] = 0  # a graph writes into free slots as well: at their beginning
         newest = []  # (n,) per step
         for i in range(self.steps):
@@ -205,9 +222,10 @@ class Engine:
             self.last.copy_(last)  # capturing takes steps as well, which must not count
             self.cache.length.copy_(length)
         self.graphs[n, longest]()
+        self.cache.longest = longest  # a graph does not set it
 
     def forward(self, n: int, longest: int) -> None:
-        self.cache.longest = longest
+        self.cache.begin_step(n, longest)
         logits = self.model(self.last[:n], [1] * n, cache=self.cache)
         self.last[:n] = logits[:, :self.n_ids].argmax(-1)
         self.cache.length[:n] += 1

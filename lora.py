@@ -45,8 +45,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ax = F.linear(x, self.lora_A.to(x.dtype))  # (N, rank)
-        return torch.addmm(F.linear(x, self.weight, self.bias), ax, self.lora_B.to(x.dtype).T,
-                           alpha=self.scaling)  # W x + s B (A x)
+        wx = F.linear(x, self.weight, self.bias)  # (N, out)
+        # In place, since addmm would begin with a copy of W x.
+        return wx.addmm_(ax, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # W x + s B (A x)
 
 
 # on a model

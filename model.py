@@ -25,12 +25,14 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 
@@ -471,10 +473,12 @@ def to_device(x: Tensor, device) -> Tensor:
 
 
 class Layout:
-    """Where each row stands: in its sequences, and in attention's right-padded block.
+    """Where each row stands: in its sequences, and in the blocks that attention pads.
 
-    M tokens stand in N rows, since sequences that begin alike share rows (packing.py). The layout
-    is worked out once a forward pass, on the CPU, and serves all layers.
+    M tokens stand in N rows, since sequences that begin alike share rows (packing.py). The tokens
+    of a shared row have the same queries, keys and values before them, so they get the same result.
+    It is taken from the first of them, and the sequence in which that one stands is the row's home.
+    The layout is worked out once a forward pass, on the CPU, and serves all layers.
     """
 
     def __init__(self, seqlens, device, path: Tensor | None = None, start: Tensor | None = None):
@@ -486,8 +490,6 @@ class Layout:
             self.position = start  # decoding needs the positions alone
             return
         lens = torch.as_tensor(seqlens, device="cpu")
-        self.B = len(lens)
-        self.T = int(lens.max())
         M = int(lens.sum())
         if path is None:
             path = torch.arange(M)
@@ -495,20 +497,12 @@ class Layout:
         N = int(path.max()) + 1
         end = lens.cumsum(0)  # (B,) one past each sequence's last token
         first = end - lens  # (B,) each sequence's first token
-        sequence = torch.arange(self.B).repeat_interleave(lens)  # (M,) the sequence of each token
+        sequence = torch.arange(len(lens)).repeat_interleave(lens)  # (M,) where each token stands
         token_position = torch.arange(M) - first.repeat_interleave(lens)  # (M,) its place in it
-        token_cell = sequence * self.T + token_position  # (M,) its cell of the padded block
-        # A padding cell holds a copy of row 0. It comes behind every real token of its sequence, so
-        # causal attention never sees it, and no mask is needed.
-        fill = torch.zeros(self.B * self.T, dtype=torch.long)
-        fill[token_cell] = path
-        # The tokens of a shared row have the same queries, keys and values before them, so they get
-        # the same result. The first one's is kept; the others' are dropped and send no gradient.
         first_token = torch.full((N,), M).scatter_reduce(0, path, torch.arange(M), "amin")
+        self.T = int(lens.max())
         self.path = to_device(path, device)  # (M,) token -> row
         self.first_token = to_device(first_token, device)  # (N,) row -> the first of its tokens
-        self.fill = to_device(fill, device)  # (B * T,) cell -> row
-        self.cell = to_device(token_cell[first_token], device)  # (N,) row -> cell
         # (B + 1,) where each sequence begins among the tokens, for varlen_attn
         self.cu_seqlens = to_device(F.pad(end, (1, 0)).to(torch.int32), device)
         # (N,) for RoPE; all tokens of a row have one position
@@ -516,6 +510,14 @@ class Layout:
         # (M,) each, for generate.KVCache, which keeps every sequence apart
         self.sequence = to_device(sequence, device)
         self.token_position = to_device(token_position, device)
+        # For `padded`, on the CPU.
+        self.rows = path.split(lens.tolist())  # of each sequence, (T,)
+        self.home = sequence[first_token]  # (N,)
+
+    @cached_property
+    def padded(self) -> "Padded":
+        """The blocks for attention that knows no packing; PyTorch's kernel on CUDA needs none."""
+        return Padded(self.rows, self.home, self.position)
 
     def cos_sin(self, inv_freq: Tensor, amplitude: float, dtype) -> tuple[Tensor, Tensor]:
         """amplitude times cos and sin of each row's rotary angles, (N, 1, D) each."""
@@ -524,7 +526,80 @@ class Layout:
         return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
 
 
-# Tokens of the longest sequence up to which short_attention is the faster one: measured, see
+class Padded:
+    """Attention's blocks: in each B sequences, right-padded to Q queries and T keys.
+
+    A sequence asks with the rows that are at home in it, and sees all of its rows. So a row asks
+    once, however many sequences share it. A padding cell holds row 0: no query sees it among the
+    keys, which stand before it, and nobody takes its result where it stands among the queries.
+    """
+
+    def __init__(self, rows: list[Tensor], home: Tensor, position: Tensor):
+        """rows: of each sequence (T,); home (N,): a sequence of each row. Both are on the CPU."""
+        n_own = home.bincount(minlength=len(rows))  # of each sequence's rows, those at home in it
+        own = home.argsort(stable=True).split(n_own.tolist())
+        lens = torch.tensor([len(its_rows) for its_rows in rows])
+        ask = []
+        see = []
+        self.shapes = []  # (B, Q, T) of each block
+        for group in groups_of_like_size(n_own, lens):
+            queries = pad_sequence([own[i] for i in group], batch_first=True, padding_value=-1)
+            keys = pad_sequence([rows[i] for i in group], batch_first=True)  # (B, T)
+            ask.append(queries.flatten())  # (B * Q,)
+            see.append(keys.flatten())
+            self.shapes.append((*queries.shape, keys.shape[1]))
+        ask = torch.cat(ask)  # each row once, and -1 for padding
+        cell = ask.argsort()[-len(home):]
+        self.ask = to_device(ask.clamp(min=0), position.device)  # cell of a query -> row
+        self.see = to_device(torch.cat(see), position.device)  # cell of a key -> row
+        self.cell = to_device(cell, position.device)  # (N,) row -> cell of its query
+        self.masks = []  # (B, Q, T) each: what is added to the scores
+        for at, (_, _, T) in zip(self.queries(position), self.shapes, strict=True):
+            self.masks.append(causal_mask(at, T, torch.float32))
+
+    def queries(self, x: Tensor) -> list[Tensor]:
+        """x (N, ...) -> for each block (B, Q, ...)."""
+        return gather_blocks(x, self.ask, [(B, Q) for B, Q, _ in self.shapes])
+
+    def keys(self, x: Tensor) -> list[Tensor]:
+        """x (N, ...) -> for each block (B, T, ...)."""
+        return gather_blocks(x, self.see, [(B, T) for B, _, T in self.shapes])
+
+
+def gather_blocks(x: Tensor, cells: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """The rows of x (N, ...) that `cells` names, in blocks of these shapes; one gather for all."""
+    parts = x.index_select(0, cells).split([math.prod(shape) for shape in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def causal_mask(position: Tensor, T: int, dtype) -> Tensor:
+    """What is added to the scores of queries at `position` (...) with T keys: (..., T)."""
+    later = torch.arange(T, device=position.device) > position[..., None]
+    return torch.zeros_like(later, dtype=dtype).masked_fill(later, -math.inf)
+
+
+# Two blocks mean twice the operations. They are made where they hold less than this share of the
+# scores that one block would hold: with 3 heads of 32 that costs nothing, with 9 of 64 it gains a
+# fifth (docs/performance.md).
+TWO_BLOCKS = 0.75
+
+
+def groups_of_like_size(n_own: Tensor, lens: Tensor) -> list[list[int]]:
+    """The sequences of each block: of all that ask, or of the smaller ones and the larger ones."""
+    order = n_own.argsort(stable=True)
+    order = order[n_own[order] > 0]
+    Q = n_own[order]
+    T = lens[order].cummax(0).values
+    B = torch.arange(1, len(order) + 1)
+    # The scores that two blocks hold if the first one ends with this sequence, (len(order),).
+    scores = B * Q * T + (len(order) - B) * Q[-1] * T[-1]
+    first = int(scores.argmin()) + 1
+    if scores[first - 1] >= TWO_BLOCKS * scores[-1]:
+        return [order.tolist()]
+    return [order[:first].tolist(), order[first:].tolist()]
+
+
+# Tokens of a block's longest sequence up to which short_attention is the faster one: measured, see
 # docs/performance.md.
 SHORT = 64
 
@@ -533,37 +608,44 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention inside each sequence; q (N, H, D), k and v (N, KV, D) -> (N, H, D)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return varlen_attention(q, k, v, layout)
-    B_T = (layout.B, layout.T)
-    q = q.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, H, D)
-    k = k.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, KV, D)
-    v = v.index_select(0, layout.fill).unflatten(0, B_T)  # (B, T, KV, D)
-    if layout.T <= SHORT and q.is_cpu and q.dtype in (torch.float32, torch.float64):
-        out = short_attention(q, k, v)
-    else:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        out = out.transpose(1, 2)
-    return out.flatten(0, 1).index_select(0, layout.cell)  # (B, T, H, D) -> (N, H, D)
+    padded = layout.padded
+    blocks = zip(padded.queries(q), padded.keys(k), padded.keys(v), padded.masks, strict=True)
+    outs = [block_attention(*block).flatten(0, 1) for block in blocks]  # (B * Q, H, D) each
+    return torch.cat(outs).index_select(0, padded.cell)  # (N, H, D)
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, causal, written out; q (B, T, H, D), k and v (B, T, KV, D).
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v of a block; q (B, Q, H, D), k and v (B, T, KV, D).
 
-    It holds all scores (B, H, T, T) at once. For short sequences that is little, and on a CPU it is
+    mask (B, Q, T) is the same for all heads.
+    """
+    if k.shape[1] <= SHORT and q.is_cpu and q.dtype in (torch.float32, torch.float64):
+        return short_attention(q, k, v, mask)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, Q or T, D)
+    mask = mask[:, None].to(q.dtype)  # (B, 1, Q, T)
+    fewer_keys = k.shape[1] < q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=fewer_keys)
+    return out.transpose(1, 2)
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same, written out.
+
+    It holds all scores (B, H, Q, T) at once. For short sequences that is little, and on a CPU it is
     faster than PyTorch's kernel, which works through each head by blocks (docs/performance.md). In
     half precision the scores would be rounded, which the kernel avoids.
     """
-    B, T, H, D = q.shape
+    B, Q, H, D = q.shape
+    T = k.shape[1]
     KV = k.shape[2]
-    G = H // KV  # query heads that share a key head: together they are T * G queries to it
-    q = q.unflatten(2, (KV, G)).transpose(1, 2).reshape(B * KV, T * G, D)
+    G = H // KV  # query heads that share a key head: together they are Q * G queries to it
+    q = q.unflatten(2, (KV, G)).transpose(1, 2).reshape(B * KV, Q * G, D)
     k = k.transpose(1, 2).reshape(B * KV, T, D)
     v = v.transpose(1, 2).reshape(B * KV, T, D)
-    later = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    later = later.repeat_interleave(G, dim=0)  # (T * G, T), added to every sequence's scores
-    scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=D ** -0.5)
+    mask = mask.to(q.dtype)[:, None, :, None].expand(B, KV, Q, G, T).reshape(B * KV, Q * G, T)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D ** -0.5)
     out = scores.softmax(-1) @ v
-    return out.view(B, KV, T, G, D).transpose(1, 2).reshape(B, T, H, D)
+    return out.view(B, KV, Q, G, D).transpose(1, 2).reshape(B, Q, H, D)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -639,7 +721,9 @@ class Decoder(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
+        # nn.Embedding(...) would draw its weights, and to draw on meta imports torch._dynamo: 1 s.
+        empty = torch.empty(c.vocab_size, c.dim)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps, c.gemma)
         self.config = c

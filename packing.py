@@ -8,10 +8,11 @@ serves both. Together the sequences form a tree; each of its nodes is one row:
     sequence 1:  A B E                         |      `---- F(5)       path  0 1 2 3  0 1 4  0 1 2 5
     sequence 2:  A B C F                       `- E(4)
 
-`path` names, for every token of every sequence, its row. Linear layers and norms run on the rows;
-attention gathers queries, keys and values by `path` (model.py, Layout). Up to rounding the gradient
-is the same as without sharing: what later tokens of all sequences ask of a shared row's key and
-value is added up by backward through the gather.
+`path` names, for every token of every sequence, its row. Linear layers and norms run on the rows.
+In attention each row asks once, in the first sequence that has it, and sees the rows of `path` up
+to itself (model.py, Padded). Up to rounding the gradient is the same as without sharing: what later
+tokens of all sequences ask of a shared row's key and value is added up by backward through the
+gather.
 """
 
 from dataclasses import dataclass

@@ -171,6 +171,37 @@ def test_several_steps_at_a_time_and_graphs_write_the_same_replies(
         assert recorder.steps == 0
 
 
+def moves_whole(monkeypatch, cut):
+    """Gets, for each move, whether all of the sequence came along; cut: so many tokens do not."""
+    whole = []
+    move = KVCache.move
+
+    def watched(self, source, target):
+        self.longest -= cut
+        move(self, source, target)
+        self.longest += cut
+        n = int(self.length[source])
+        for cache in (self.k, self.v):
+            whole.append(torch.equal(cache[:, target, :, :n], cache[:, source, :, :n]))
+    monkeypatch.setattr(KVCache, "move", watched)
+    return whole
+
+
+@pytest.mark.parametrize("steps, graph", [(1, False), (5, False), (5, True)])
+def test_a_move_takes_every_token_along(model, many, as_on_gpu, monkeypatch, steps, graph):
+    as_on_gpu(steps)
+    whole = moves_whole(monkeypatch, cut=0)
+    generate(model, MANY, MAX_NEW, many[0], batch_size=3, graph=graph)
+    assert len(whole) == 2 * len(MANY) and all(whole)
+
+
+def test_control_a_move_of_fewer_tokens_leaves_some_behind(model, many, as_on_gpu, monkeypatch):
+    as_on_gpu(1)
+    whole = moves_whole(monkeypatch, cut=8)
+    generate(model, MANY, MAX_NEW, many[0], batch_size=3)
+    assert not all(whole)
+
+
 def without_last(self, source, target):
     """Engine.move that leaves the newest token of the row that moves behind."""
     self.cache.move(source, target)

@@ -77,14 +77,67 @@ def test_unshared_every_token_has_its_own_row_in_order(name):
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_the_layout_gives_each_row_the_place_that_its_tokens_have_and_one_cell(name):
+def test_the_layout_gives_each_row_the_place_that_its_tokens_have(name):
     packing = pack_sequences(TREES[name])
     layout = Layout(packing.seqlens, "cpu", packing.path)
     place = torch.cat([torch.arange(n) for n in packing.seqlens])
     assert torch.equal(layout.position[packing.path], place)
-    assert torch.equal(layout.fill[layout.cell], torch.arange(len(packing.ids)))
     assert torch.equal(packing.path[layout.first_token], torch.arange(len(packing.ids)))
-    assert len(set(layout.cell.tolist())) == len(packing.ids)
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("two_blocks", [0, 1])
+def test_each_row_asks_once_and_sees_the_rows_of_a_sequence_up_to_its_own(
+        name, two_blocks, monkeypatch):
+    monkeypatch.setattr(model_py, "TWO_BLOCKS", two_blocks)  # never two, and wherever it saves
+    packing = pack_sequences(TREES[name])
+    beginning_of = {}  # row -> the rows up to it
+    for rows in packing.rows():
+        for i, row in enumerate(rows.tolist()):
+            beginning_of[row] = rows[:i + 1].tolist()
+    N = len(packing.ids)
+    padded = Layout(packing.seqlens, "cpu", packing.path).padded
+    assert torch.equal(padded.ask[padded.cell], torch.arange(N))
+    assert len(padded.shapes) == 1 or two_blocks
+    row = torch.arange(N)
+    lines = []  # of each cell: the row that asks, and the rows that it sees
+    for block in zip(padded.queries(row), padded.keys(row), padded.masks, strict=True):
+        for queries, keys, mask in zip(*block, strict=True):
+            for query, added in zip(queries.tolist(), mask, strict=True):
+                lines.append((query, keys[added == 0].tolist()))
+    assert len(lines) == len(padded.ask)
+    for cell in padded.cell.tolist():
+        query, seen = lines[cell]
+        assert seen == beginning_of[query]
+    assert all(seen for _, seen in lines)  # a padding query sees something: no 0 / 0
+
+
+def scores_held(n_own, lens):
+    return len(n_own) * max(n_own) * max(lens)
+
+
+def test_of_all_cuts_into_two_blocks_the_one_with_the_fewest_scores_is_made():
+    rng = random.Random(1)
+    made = set()
+    for _ in range(200):
+        lens = [rng.choice([3, 4, 5, rng.randint(1, 40)]) for _ in range(rng.randint(1, 9))]
+        own = [lens[0], *[rng.randint(0, n) for n in lens[1:]]]
+        groups = model_py.groups_of_like_size(torch.tensor(own), torch.tensor(lens))
+        assert sorted(i for group in groups for i in group) == [
+            i for i, n in enumerate(own) if n > 0]
+        order = sorted((i for i, n in enumerate(own) if n > 0), key=lambda i: own[i])
+        longest = max(lens[i] for i in order)
+        held = [scores_held([own[i] for i in order], [lens[i] for i in order])]
+        for cut in range(1, len(order)):
+            first = order[:cut]
+            held.append(scores_held([own[i] for i in first], [lens[i] for i in first])
+                        + scores_held([own[i] for i in order[cut:]], [longest]))
+        is_worth_it = min(held) < model_py.TWO_BLOCKS * held[0]
+        assert len(groups) == 1 + is_worth_it
+        if is_worth_it:
+            assert len(groups[0]) == held.index(min(held)) or held.count(min(held)) > 1
+        made.add(len(groups))
+    assert made == {1, 2}
 
 
 @pytest.mark.parametrize("sequences", [[], [[]], [[1, 2], []]])
@@ -184,14 +237,38 @@ def test_the_three_attentions_agree_on_shared_rows(name, monkeypatch):
     ours = packed_attention(q, k, v, layout)
     monkeypatch.setattr(model_py, "SHORT", 0)
     padded = packed_attention(q, k, v, layout)
+    monkeypatch.setattr(model_py, "TWO_BLOCKS", 1)
+    blocks = packed_attention(q, k, v, Layout(packing.seqlens, "cpu", packing.path))
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", by_a_loop)
     packed = varlen_attention(q, k, v, layout)
-    for other in (padded, packed):
+    for other in (padded, blocks, packed):
         assert other.shape == (N, 6, 16)
         assert ((other - ours).norm() / ours.norm()).item() <= TIGHT
 
 
-def test_in_half_precision_scores_are_not_rounded():
+@pytest.mark.parametrize("changed", ["home", "mask", "cell"])
+def test_control_a_wrong_block_gives_another_result(changed):
+    """A row at home where it does not stand, a query that sees the next key, a swapped result."""
+    packing = pack_sequences(TREES["one header"])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(len(packing.ids), heads, 16, generator=generator, dtype=torch.float64)
+               for heads in (6, 2, 2))
+    right = packed_attention(q, k, v, Layout(packing.seqlens, "cpu", packing.path))
+    wrong = Layout(packing.seqlens, "cpu", packing.path)
+    if changed == "home":
+        last = len(packing.ids) - 1
+        assert wrong.home[last] != 0
+        wrong.home[last] = 0
+    elif changed == "mask":
+        for mask in wrong.padded.masks:
+            mask[:, :, 1:] = mask[:, :, :-1].clone()
+    else:
+        wrong.padded.cell[:2] = wrong.padded.cell[:2].flip(0)
+    got = packed_attention(q, k, v, wrong)
+    assert ((got - right).norm() / right.norm()).item() > 1e-2
+
+
+def test_in_half_precision_scores_are_not_rounded(monkeypatch):
     """So there PyTorch's kernel runs, and short_attention would be further from the truth."""
     packing = pack_sequences(TREES["one header"])
     layout = Layout(packing.seqlens, "cpu", packing.path)
@@ -202,8 +279,8 @@ def test_in_half_precision_scores_are_not_rounded():
     half = [x.to(torch.bfloat16) for x in exact]
     truth = packed_attention(*(x.double() for x in half), layout)
     error = (packed_attention(*half, layout).double() - truth).norm()
-    blocks = [x[layout.fill].unflatten(0, (layout.B, layout.T)) for x in half]
-    rounded = short_attention(*blocks).flatten(0, 1)[layout.cell]
+    monkeypatch.setattr(model_py, "block_attention", short_attention)
+    rounded = packed_attention(*half, layout)
     assert error < 0.7 * (rounded.double() - truth).norm()
 
 

@@ -154,12 +154,12 @@ def test_no_update_waits_however_it_is_computed(gpu, recompute, how):
         assert_is(training.gradients[p], p.shape, torch.float32)
 
 
-def test_a_pack_sends_twelve_small_tensors_to_the_gpu(gpu):
+def test_a_pack_sends_ten_small_tensors_to_the_gpu(gpu):
     training = Training()
     training.update()  # the first one sends the rotary frequencies as well
     before = len(gpu.copies)
     training.update()
-    assert Counter(gpu.copies[before:]) == {"model.py:to_device": 12}
+    assert Counter(gpu.copies[before:]) == {"model.py:to_device": 10}
 
 
 # The one defence that reads in an update: T-Vaccine draws its layers on the CPU, by norms that it
