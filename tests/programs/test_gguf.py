@@ -53,7 +53,7 @@ def as_llama_cpp(weight, n_head):
 
 
 def write_gguf(path, hf, *, is_permuted=True, swaps_norms=False, settings=(), tensors=(),
-               without=(), architecture=None, template=True, token_ids=True):
+               without=(), architecture=None, template=True, bos=0, eos=END, eot=OTHER_END):
     """The model as llama.cpp would write it: matrices in Q8_0, norms and biases in F32."""
     c = hf.config
     kind = architecture or c.model_type
@@ -77,7 +77,7 @@ def write_gguf(path, hf, *, is_permuted=True, swaps_norms=False, settings=(), te
             writer.add_float32(key, value)
         else:
             writer.add_uint32(key, value)
-    add_tokenizer(writer, template, token_ids)
+    add_tokenizer(writer, template, bos, eos, eot)
     add_weights(writer, hf, kind, is_permuted, swaps_norms, without)
     for name, tensor in tensors:
         writer.add_tensor(name, tensor.numpy())
@@ -88,7 +88,7 @@ def write_gguf(path, hf, *, is_permuted=True, swaps_norms=False, settings=(), te
     return path
 
 
-def add_tokenizer(writer, template, token_ids):
+def add_tokenizer(writer, template, bos, eos, eot):
     """The embedded model's, with its special tokens marked as such."""
     content = json.loads((TINY / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
@@ -99,10 +99,9 @@ def add_tokenizer(writer, template, token_ids):
     writer.add_token_list([by_id[i] for i in range(len(by_id))])
     writer.add_token_types([3 if i in special else 1 for i in range(len(by_id))])
     writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
-    writer.add_bos_token_id(0)
-    if token_ids:
-        writer.add_eos_token_id(END)
-        writer.add_eot_token_id(OTHER_END)
+    for name, token_id in (("bos", bos), ("eos", eos), ("eot", eot)):
+        if token_id is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
     if template:
         config = json.loads((TINY / "tokenizer_config.json").read_text())
         writer.add_chat_template(config["chat_template"])
@@ -246,6 +245,17 @@ def test_stop_ids_are_the_eos_and_the_eot_of_the_file(made):
     assert Tokenizer(folder).stop_ids == sorted([END, OTHER_END])
 
 
+def test_a_token_that_the_file_does_not_name_is_not_made_up(tmp_path):
+    """transformers' classes have defaults for them: 1 and 2 for Llama."""
+    path = write_gguf(tmp_path / "few.gguf", small_model("llama"), bos=None, eos=None)
+    assert convert(path, tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config.get("bos_token_id") is None and config.get("pad_token_id") is None
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == OTHER_END
+    # The embedded template's end of turn is <|end|>, by which this project stops too.
+    assert Tokenizer(tmp_path / "out").stop_ids == sorted([OTHER_END, END])
+
+
 def test_it_prints_what_it_found(made, tmp_path, capsys):
     path, _ = made["llama"]
     assert convert(path, tmp_path / "out") == 0
@@ -305,7 +315,8 @@ ODD = {
     "a part of a split file": (dict(settings=[("split.count", 3)]), ["one of 3 parts"]),
     "an adapter": (dict(settings=[("general.type", "adapter")]), ["no model", "adapter"]),
     "no template": (dict(template=False), ["no chat template"]),
-    "no stop id": (dict(token_ids=False), ["no token that ends"]),
+    "no stop id": (dict(eos=None, eot=None), ["no token that ends"]),
+    "a stop id beyond the tokens": (dict(eot=5000), ["stop id 5000"]),
     "rotary scaling as a setting": (
         dict(settings=[("llama.rope.scaling.type", "linear")]), ["llama.rope.scaling.type linear"]),
     "experts": (dict(settings=[("llama.expert_count", 8)]), ["llama.expert_count 8"]),
