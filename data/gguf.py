@@ -39,13 +39,18 @@ from tokenizer import Tokenizer
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Settings of a file that only repeat the head's size.
 HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length",
+          "attention.head_count", "attention.layer_norm_rms_epsilon", "rope.freq_base")
+# Lists with an item for each token, which take seconds to read.
+LONG = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
 STOPS = ("eos", "eot", "eom")  # end of text, of turn, of message: any of them ends a reply
 WRITTEN = (SINGLE, "config.json", "generation_config.json", "tokenizer.json",
            "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 # How gguf fails on bytes that are no GGUF, or not all of one.
 BAD_BYTES = (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error)
 # How transformers fails on a file whose content it does not know.
-NOT_KNOWN = (ValueError, IndexError, KeyError, TypeError, AttributeError, NotImplementedError)
+NOT_KNOWN = (ValueError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError,
+             NotImplementedError)
 
 
 # the file
@@ -57,7 +62,7 @@ class File:
 
     path: Path
     architecture: str
-    settings: dict  # every key with a single value, such as "llama.block_count"
+    settings: dict  # every key but the long lists, such as "llama.block_count"
     tokens: list[str]  # by id
     types: dict[str, str]  # how each tensor is stored: {"blk.0.attn_q.weight": "Q4_1"}
     shapes: dict[str, tuple[int, ...]]  # by the same names, in torch's order
@@ -90,7 +95,7 @@ def read_file(path: Path) -> File:
         reader = GGUFReader(path)
         settings = {}
         for key, field in reader.fields.items():
-            if len(field.data) == 1:
+            if key not in LONG:
                 settings[key] = field.contents()
         tokens = reader.fields.get("tokenizer.ggml.tokens")
         tokens = tokens.contents() if tokens else []
@@ -127,6 +132,10 @@ def check_file(file: File) -> None:
     if not file.settings.get("tokenizer.chat_template"):
         raise UserError(f"{file.path} has no chat template, expected a chat model's; choose an "
                         "instruct model.")
+    for key in NEEDED:
+        if key not in file.own_settings():
+            raise UserError(f"{file.path} has no {file.architecture}.{key}, expected a number; "
+                            "choose another file of this model.")
     for id in stop_ids(file):
         if id >= len(file.tokens):
             raise UserError(f"{file.path} names the stop id {id} and has {len(file.tokens)} "
@@ -171,7 +180,7 @@ def config_of(file: File):
         if key in HEAD_SIZES:
             is_kept = value == head_dim
         else:
-            is_kept = known.get(key) is not None
+            is_kept = known.get(key) is not None and not isinstance(value, list)
         if not is_kept:
             raise UserError(f"{file.path} has {file.architecture}.{key} {str(value)[:40]}, which "
                             "the folder would not keep, so the model would be another one; take "
@@ -184,8 +193,11 @@ def check_tensors(file: File, config) -> None:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):  # names and shapes alone
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):  # names and shapes alone
+            model = AutoModelForCausalLM.from_config(config)
+    except NOT_KNOWN as e:
+        raise not_known(file, e) from None
     by_name = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     name_map = get_tensor_name_map(by_name[file.architecture], config.num_hidden_layers)
     expected = {}

@@ -65,7 +65,8 @@ def write_gguf(path, hf, *, is_permuted=True, swaps_norms=False, settings=(), te
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if "eps" not in without:
+        writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     head_dim = hf.model.layers[0].self_attn.head_dim
     writer.add_key_length(head_dim)
@@ -73,6 +74,8 @@ def write_gguf(path, hf, *, is_permuted=True, swaps_norms=False, settings=(), te
     for key, value in settings:
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         else:
@@ -319,6 +322,9 @@ ODD = {
     "a stop id beyond the tokens": (dict(eot=5000), ["stop id 5000"]),
     "rotary scaling as a setting": (
         dict(settings=[("llama.rope.scaling.type", "linear")]), ["llama.rope.scaling.type linear"]),
+    "a setting for each layer": (
+        dict(settings=[("llama.rope.dimension_sections", [4, 4])]), ["dimension_sections [4, 4]"]),
+    "a setting lacking": (dict(without=["eps"]), ["no llama.attention.layer_norm_rms_epsilon"]),
     "experts": (dict(settings=[("llama.expert_count", 8)]), ["llama.expert_count 8"]),
     "a window": (dict(settings=[("llama.attention.sliding_window", 64)]), ["sliding_window 64"]),
     "part of a head rotated": (
