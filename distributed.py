@@ -56,7 +56,9 @@ PATIENCE = timedelta(days=1)
 
 def started() -> tuple[int, int]:
     """(the number of this process from 0 on, of how many), as torchrun started them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not dist.is_torchelastic_launched():  # others may set the same variables and mean nothing
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def rank() -> int:
@@ -95,11 +97,11 @@ def program(name: str) -> str:
     return f"{name} (process {number + 1} of {of})"
 
 
-def join(device: torch.device) -> None:
-    """Meets the other processes and takes this one's GPU. UserError where there are too few."""
+def join(device: torch.device) -> torch.device:
+    """Meets the other processes -> the device of this one. UserError where there are too few."""
     _, n = started()
     if n == 1:
-        return
+        return device
     if device.type == "mps":
         raise UserError(f"torchrun started {n} processes on mps, which is one device; pass "
                         "--device cpu, or start train.py alone.")
@@ -111,12 +113,15 @@ def join(device: torch.device) -> None:
             raise UserError(f"torchrun started a process for GPU {gpu}, and this machine has "
                             f"{torch.cuda.device_count()}; lower --nproc-per-node.")
         torch.cuda.set_device(gpu)
+        # With its number: safetensors would load on "cuda" what it takes for the first GPU.
+        device = torch.device("cuda", gpu)
     store, number, n = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # --max-restarts: torchrun keeps one store for all attempts, and a process would find there
         # the addresses of those that have ended. With several machines each has its own count.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, timeout=PATIENCE, world_size=n, rank=number, store=store)
+    return device
 
 
 def check_alone() -> None:
@@ -155,9 +160,10 @@ def among_others():
         # gloo, which joins CPUs, says it by a plain RuntimeError with the name of its own file.
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
+        reason = str(e).splitlines()[0]
         raise RunFailed("another process of this run has ended, see what it said; what was saved "
-                        "is kept, and --resume goes on from there, with any number of processes."
-                        ) from e
+                        "is kept, and --resume goes on from there, with any number of processes "
+                        f"(what was noticed here: {reason})") from e
 
 
 # what is said between the processes
@@ -184,6 +190,7 @@ def add_up(model, *numbers) -> tuple:
     params = trainable(model)
     parts = []
     for p in params:
+        # A process that had no pass over the batch has no gradient.
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         parts.append(gradient.flatten())
     for number in numbers:
@@ -191,7 +198,7 @@ def add_up(model, *numbers) -> tuple:
     buffer = torch.cat(parts)
     dist.all_reduce(buffer)
     summed = buffer.split([len(part) for part in parts])
-    for p, gradient in zip(params, summed, strict=False):  # behind the gradients come the numbers
+    for p, gradient in zip(params, summed[:len(params)], strict=True):
         p.grad = gradient.view_as(p)
     return tuple(number.squeeze(0) for number in summed[len(params):])
 
@@ -208,15 +215,20 @@ def any_of(flag: bool) -> bool:
 
 def by_the_first(work):
     """work() is done by the first process; all get its result."""
+    return from_the_first(work() if is_first() else None)
+
+
+def from_the_first(value):
+    """The first process's value, for all."""
     if size() == 1:
-        return work()
-    result = [work() if is_first() else None]
-    dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
-    return result[0]
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
 
 
 def collect(values: list) -> list:
-    """The processes' lists, of item i, i + size, ... of one list each, as that one list again."""
+    """Puts a list together again of which process r has the items r, r + size, ...."""
     if size() == 1:
         return values
     lists = [None] * size()
@@ -241,12 +253,12 @@ def check_alike(model) -> None:
                         "machines and their software alike?")
 
 
-def check_rows(digest: str) -> None:
-    """UserError unless all processes have read the same rows, by their digest."""
-    other = differing(digest)
+def check_same(what: str, value) -> None:
+    """UserError unless all processes have the same value; what: its name, in the plural."""
+    other = differing(value)
     if other is not None:
-        raise UserError(f"process {other + 1} has read other rows than process 1, expected the "
-                        "same files on all machines; copy them anew.")
+        raise UserError(f"process {other + 1} has other {what} than process 1, expected the same "
+                        "on all machines; put them right.")
 
 
 def differing(value) -> int | None:
@@ -297,12 +309,11 @@ def load_sharded(dir, device: torch.device, dtype: torch.dtype, add_adapters) ->
     fully_shard(model.model, mesh=mesh, ignored_params=own)
     state = {}
     for name, p in model.named_parameters():
-        if p not in own:
-            state[name] = read_part(places[name], p, device, dtype)
+        state[name] = p if p in own else read_part(places[name], p, device, dtype)
     if config.tied and places.get(HEAD, places[EMBEDDING]) != places[EMBEDDING]:
         second = read_part(places[HEAD], model.model.embed_tokens.weight, device, dtype)
         take_one_head(dir, {EMBEDDING: state[EMBEDDING].to_local(), HEAD: second.to_local()})
-    model.load_state_dict(state, strict=False, assign=True)
+    model.load_state_dict(state, assign=True)
     model.is_sharded = True
     return model.eval()
 

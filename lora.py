@@ -67,7 +67,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, rslora: bool = False, ta
             continue
         layer = adapt(model, name, rank, alpha, rslora)
         bound = 1 / math.sqrt(layer.weight.shape[1])
-        draw = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        draw = torch.empty(layer.lora_A.shape, device="cpu")
+        draw.uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             layer.lora_A.copy_(draw)
     return trainable(model)

@@ -475,9 +475,9 @@ def to_device(x: Tensor, device) -> Tensor:
 class Layout:
     """Where each row stands: in its sequences, and in the blocks that attention pads.
 
-    M tokens stand in N rows, since sequences that begin alike share rows (packing.py). The tokens
-    of a shared row have the same queries, keys and values before them, so they get the same result.
-    It is taken from the first of them, and the sequence in which that one stands is the row's home.
+    M tokens stand in N rows, since sequences that begin alike share rows (packing.py). All tokens
+    of a shared row get the same result from attention, since the same keys stand before them. The
+    first token's is used, and its sequence is the row's home.
     The layout is worked out once a forward pass, on the CPU, and serves all layers.
     """
 
@@ -530,8 +530,8 @@ class Padded:
     """Attention's blocks: in each B sequences, right-padded to Q queries and T keys.
 
     A sequence asks with the rows that are at home in it, and sees all of its rows. So a row asks
-    once, however many sequences share it. A padding cell holds row 0: no query sees it among the
-    keys, which stand before it, and nobody takes its result where it stands among the queries.
+    once, however many sequences share it. Padding cells hold row 0. A padding key stands behind its
+    sequence's last token, so the mask hides it; the result of a padding query is not used.
     """
 
     def __init__(self, rows: list[Tensor], home: Tensor, position: Tensor):
@@ -549,7 +549,9 @@ class Padded:
             see.append(keys.flatten())
             self.shapes.append((*queries.shape, keys.shape[1]))
         ask = torch.cat(ask)  # each row once, and -1 for padding
-        cell = ask.argsort()[-len(home):]
+        is_query = ask >= 0
+        cell = torch.empty_like(home)
+        cell[ask[is_query]] = is_query.nonzero()[:, 0]
         self.ask = to_device(ask.clamp(min=0), position.device)  # cell of a query -> row
         self.see = to_device(torch.cat(see), position.device)  # cell of a key -> row
         self.cell = to_device(cell, position.device)  # (N,) row -> cell of its query
@@ -591,7 +593,7 @@ def groups_of_like_size(n_own: Tensor, lens: Tensor) -> list[list[int]]:
     Q = n_own[order]
     T = lens[order].cummax(0).values
     B = torch.arange(1, len(order) + 1)
-    # The scores that two blocks hold if the first one ends with this sequence, (len(order),).
+    # The most scores that two blocks hold if the first one ends with this sequence, (len(order),).
     scores = B * Q * T + (len(order) - B) * Q[-1] * T[-1]
     first = int(scores.argmin()) + 1
     if scores[first - 1] >= TWO_BLOCKS * scores[-1]:

@@ -2,15 +2,17 @@
 
 A decoder's state at a token depends on that token and on those before it, and on nothing else. So
 where two sequences begin alike, their states there are the same numbers, and one row of the batch
-serves both. Together the sequences form a tree; each of its nodes is one row:
+serves both. Together the sequences form a tree. Each of its nodes is one row here; X(r) is token X
+in row r:
 
     sequence 0:  A B C D        rows:  A(0) - B(1) - C(2) - D(3)       ids   A B C D E F
     sequence 1:  A B E                         |      `---- F(5)       path  0 1 2 3  0 1 4  0 1 2 5
     sequence 2:  A B C F                       `- E(4)
 
 `path` names, for every token of every sequence, its row. Linear layers and norms run on the rows.
-In attention each row asks once, in the first sequence that has it, and sees the rows of `path` up
-to itself (model.py, Padded). Up to rounding the gradient is the same as without sharing: what later
+In attention a row sees the rows of its sequence's `path` up to itself. Where attention pads, a row
+asks once, in the first sequence that has it; PyTorch's kernel on CUDA asks for each token, and one
+result is kept (model.py). Up to rounding the gradient is the same as without sharing: what later
 tokens of all sequences ask of a shared row's key and value is added up by backward through the
 gather.
 """

@@ -349,7 +349,7 @@ class Run:
             self.files[name].truncate(sizes[name])
         if "earlier_commands" in self.settings:  # a resumed run may have changed its tests
             write_atomic(self.dir / "config.json", json.dumps(self.settings, indent=1).encode())
-        distributed.by_the_first(lambda: step)  # the others restore from the folder as it is now
+        distributed.from_the_first(step)  # the others restore from the folder as it is now
         return step, progress
 
     def close(self) -> None:
@@ -424,7 +424,7 @@ class Bystander(Run):
 
     def start(self, model, optimizer, step_fn) -> tuple[int, Progress]:
         # The first process says where it begins when it has put the folder in order.
-        expected = distributed.by_the_first(lambda: None)
+        expected = distributed.from_the_first(None)
         state = self.dir / "state.safetensors"
         step = 0
         progress = Progress()
@@ -452,7 +452,7 @@ class Bystander(Run):
 def open_run(dir: Path, settings: dict, resume: bool) -> Run:
     """The run's folder, with `finished` known to all processes; the first one alone writes it."""
     run = Run(dir, settings, resume) if distributed.is_first() else Bystander(dir, settings)
-    run.finished = distributed.by_the_first(lambda: run.finished)
+    run.finished = distributed.from_the_first(run.finished)
     return run
 
 

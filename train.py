@@ -348,18 +348,24 @@ def check_shard(args: Args) -> None:
     if n_processes == 1:
         raise UserError("--shard spreads the model over several processes, and there is one; start "
                         "train.py by torchrun, or drop the flag.")
-    conflicts = {
-        "--adapter without --keep-adapter, which merges whole weights; run merge.py first":
-            args.adapter and not args.keep_adapter,
-        "--attack unembedding, which trains the whole head; drop one": args.attack == "unembedding",
-        "--defense deepalign, whose reference takes passes of its own; drop one":
-            args.defense == "deepalign",
-        "--probes, which read whole weights; drop one": args.probes,
-        "--cuda-graph, which cannot hold what the processes say; drop one": args.cuda_graph,
-    }
-    for conflict, is_there in conflicts.items():
-        if is_there:
-            raise UserError(f"--shard was given with {conflict}.")
+    conflict = find_shard_conflict(args)
+    if conflict:
+        raise UserError(f"--shard was given with {conflict}.")
+
+
+def find_shard_conflict(args: Args) -> str | None:
+    """What a spread base does not go with, and what to do; None where all is well."""
+    if args.adapter and not args.keep_adapter:
+        return "--adapter without --keep-adapter, which merges whole weights; run merge.py first"
+    if args.attack == "unembedding":
+        return "--attack unembedding, which trains the whole head; drop one"
+    if args.defense == "deepalign":
+        return "--defense deepalign, whose reference takes passes of its own; drop one"
+    if args.probes:
+        return "--probes, which read whole weights; drop one"
+    if args.cuda_graph:
+        return "--cuda-graph, which cannot hold messages between processes; drop one"
+    return None
 
 
 # The program
@@ -485,7 +491,8 @@ def opening(run: Run, model, summary: str) -> str:
 def execute(args: Args, command: list[str]) -> None:
     """Reads everything, then opens the folder, so that a mistake leaves nothing behind."""
     device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
-    distributed.join(device)
+    device = distributed.join(device)
+    distributed.check_same("flags", vars(args))
     reads_align_file = args.stage == "align" or DEFENSES[args.defense].reads_align_file
     tokenizer = Tokenizer(args.model, args.template_date)
     files = mixture.read_files(args, reads_align_file)
@@ -494,7 +501,9 @@ def execute(args: Args, command: list[str]) -> None:
     n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
     paths = weight_paths(args.model, args.adapter) | data_paths(args, reads_align_file)
     worked_out = work_out(model, data, n_updates)
-    distributed.check_rows(worked_out["rows_sha256"])
+    distributed.check_same("rows", worked_out["rows_sha256"])
+    sizes = [path.stat().st_size for path in paths["model"]]
+    distributed.check_same("weights, by the sizes of their files", sizes)
     settings = distributed.by_the_first(lambda: run_settings(command, args, worked_out, paths))
     dir = distributed.by_the_first(lambda: choose_dir(args))
     run = open_run(dir, settings, args.resume)

@@ -67,7 +67,7 @@ def backward(model, batch: Batch) -> Tensor:
         loss = nll(model, pack) / batch.n_supervised  # the whole batch's count: no cut changes it
         loss.backward()
         ce = ce + loss.detach()
-    ce, = distributed.add_up(model, ce)
+    (ce,) = distributed.add_up(model, ce)
     return ce
 
 

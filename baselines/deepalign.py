@@ -202,8 +202,9 @@ def self_answered(model, tokenizer, args) -> list:
     path = Path(args.data_dir) / args.task / "train.jsonl"
     rows = read_rows(path)[:args.deepalign_benign]
     prompts = [mixture.prompt_ids(tokenizer, row) for row in rows]
-    replies = generate(model, prompts, args.deepalign_max_new, tokenizer.stop_ids,
-                       n_ids=tokenizer.n_ids)
+    # By one process for all: where two tokens are equally likely, another might choose the other.
+    replies = distributed.by_the_first(lambda: generate(
+        model, prompts, args.deepalign_max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids))
     answered = []
     for row, ids in zip(rows, replies, strict=True):
         answer = turn("assistant", tokenizer.decode(ids))

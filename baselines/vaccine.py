@@ -75,7 +75,7 @@ def perturbed_backward(model, batch, layers: list[int], rho: float):
             loss = nll(model, pack) / batch.n_supervised
             loss.backward()
         ce = ce + loss.detach()
-    ce, = distributed.add_up(model, ce)
+    (ce,) = distributed.add_up(model, ce)
     return {"loss": ce, "ce": ce, "hidden_gradient": size}
 
 

@@ -22,7 +22,7 @@ class Example:
     """One tokenised row, or one answer of it where the chat template changes earlier turns.
 
     `predict` (R,) are the positions whose next token is supervised. `number` is its place among
-    the Examples that it is from: two objects with one number there are the same example.
+    the Examples that it is from, which a changed copy keeps.
     """
 
     ids: Tensor
@@ -147,18 +147,19 @@ class Batch:
 
         share=False: no sequences share rows, for a defence that changes each one's states apart.
         """
+        process, n_processes = self.part
         anchors = list(anchors)
         n_anchor_tokens = sum(map(len, anchors))
-        which, of = self.part
-        parts = share_out(self.examples, of, taken=n_anchor_tokens)
-        groups = []  # of each process
-        for i, examples in enumerate(parts):
-            groups.append(self.groups(examples, room_for=n_anchor_tokens if i == 0 else 0))
-        mine = groups[which]
+        passes = []  # of each process
+        for examples in share_out(self.examples, n_processes, taken=n_anchor_tokens):
+            is_first = len(passes) == 0
+            passes.append(self.groups(examples, room_for=n_anchor_tokens if is_first else 0))
+        mine = passes[process]
         # Every process makes as many passes as the others, since the weights may be spread over
         # them; a pass without examples asks for nothing.
-        mine += [[]] * (max(map(len, groups)) - len(mine))
-        if which > 0:
+        while len(mine) < max(map(len, passes)):
+            mine.append([])
+        if process > 0:
             anchors = []
         for group in mine:
             made = pack(group, anchors, self.device, share)
@@ -169,7 +170,7 @@ class Batch:
     def groups(self, examples: list[Example], room_for: int = 0) -> list[list[Example]]:
         """The examples of each pass; in the first one room_for more tokens have room.
 
-        They are counted whole and unshared: attention's gather has every token.
+        They are counted whole and unshared, which is the most that a pass can come to.
         """
         groups = [[]]
         room = self.tokens_per_pass - room_for

@@ -61,7 +61,7 @@ def random_subspace(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, module in adapted(model):
         d_in = module.lora_A.shape[1]
-        draw = torch.randn(module.lora_A.shape, generator=generator)
+        draw = torch.randn(module.lora_A.shape, generator=generator, device="cpu")
         module.lora_A.data.copy_(draw / d_in ** 0.5)
         module.lora_A.requires_grad_(False)
 

@@ -246,17 +246,18 @@ def test_a_tensor_in_two_files_is_refused(untied):
 
 @pytest.mark.parametrize("program, argv", [(eval_py, []), (generate_py, ["--prompt", "Hello"])])
 def test_a_program_for_one_process_says_so_to_several(program, argv, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)  # as torchrun sets them
     assert program.main(argv) == 2
     assert "2 processes of a program that works as one" in capsys.readouterr().err
 
 
 def test_a_process_that_sees_another_folder_than_the_first_says_so(monkeypatch, tmp_path):
     bystander = Bystander(tmp_path, {})
-    monkeypatch.setattr(distributed, "by_the_first", lambda work: 7)
+    monkeypatch.setattr(distributed, "from_the_first", lambda value: 7)
     with pytest.raises(UserError, match="at update 0 here and at update 7 for the first process"):
         bystander.start(None, None, None)
-    monkeypatch.setattr(distributed, "by_the_first", lambda work: 0)  # the control
+    monkeypatch.setattr(distributed, "from_the_first", lambda value: 0)  # the control
     step, _ = bystander.start(None, None, None)
     assert step == 0
 

@@ -31,7 +31,7 @@ from data import mixture
 from data.batches import Batch, encode_rows
 from data.mixture import Data
 from generate import STEPS_ON_GPU, Engine, Row
-from lora import add_lora, trainable
+from lora import adapted, add_lora, trainable
 from model import Config, Llama, load_model
 from stress import attacks
 from tokenizer import Tokenizer
@@ -114,6 +114,21 @@ class Training:
             _, numbers = next(loop)
             self.h = norm.value
         return numbers
+
+
+@pytest.mark.parametrize("attack", [None, "subspace"])
+def test_adapters_beside_a_base_that_is_still_on_meta_are_drawn_on_the_cpu(gpu, attack):
+    """As under --shard, where the GPU is the default device meanwhile."""
+    with torch.device("meta"):
+        model = Llama(LLAMA).requires_grad_(False)
+    with torch.device(GPU):
+        if attack is None:
+            add_lora(model, RANK, RANK)
+        attacks.attach(model, attack, seed=0)
+    drawn = [m.lora_A for _, m in adapted(model)]
+    assert all(A.device == GPU for A in drawn)
+    in_function = "lora.py:add_lora" if attack is None else "attacks.py:random_subspace"
+    assert sum(place.endswith(in_function) for place in gpu.copies) == len(drawn) == 14
 
 
 # An update
