@@ -601,9 +601,9 @@ def groups_of_like_size(n_own: Tensor, lens: Tensor) -> list[list[int]]:
     return [order[:first].tolist(), order[first:].tolist()]
 
 
-# Tokens of a block's longest sequence up to which short_attention is the faster one: measured, see
-# docs/performance.md.
-SHORT = 64
+# Tokens of a block's longest sequence up to which short_attention is the faster one, with heads of
+# 64 (docs/performance.md).
+SHORT = 128
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
