@@ -286,7 +286,7 @@ def refused(path, out, capsys, *words):
 
 
 @pytest.fixture
-def refuses(tmp_path, capsys):
+def check_refused(tmp_path, capsys):
     def check(path, *words):
         refused(path, tmp_path / "out", capsys, *words)
 
@@ -294,23 +294,23 @@ def refuses(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("share", [0.00001, 0.001, 0.1, 0.5, 0.99])
-def test_a_truncated_file_is_refused(made, tmp_path, refuses, share):
+def test_a_truncated_file_is_refused(made, tmp_path, check_refused, share):
     content = made["llama"][0].read_bytes()
     path = tmp_path / "cut.gguf"
     path.write_bytes(content[:int(share * len(content))])
-    refuses(path, "cut.gguf is not a whole GGUF file")
+    check_refused(path, "cut.gguf is not a whole GGUF file")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04" * 50, b"GGUF" + b"\xff" * 400])
-def test_bytes_that_are_no_gguf_are_refused(tmp_path, refuses, content):
+def test_bytes_that_are_no_gguf_are_refused(tmp_path, check_refused, content):
     path = tmp_path / "other.gguf"
     path.write_bytes(content)
-    refuses(path, "other.gguf is not a whole GGUF file")
+    check_refused(path, "other.gguf is not a whole GGUF file")
 
 
-def test_a_path_that_is_no_file_is_refused(tmp_path, refuses):
-    refuses(tmp_path, "is not a file")
-    refuses(tmp_path / "none.gguf", "is not a file")
+def test_a_path_that_is_no_file_is_refused(tmp_path, check_refused):
+    check_refused(tmp_path, "is not a file")
+    check_refused(tmp_path / "none.gguf", "is not a file")
 
 
 ODD = {
@@ -339,22 +339,22 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_file_that_would_become_another_model_is_refused(tmp_path, refuses, name):
+def test_a_file_that_would_become_another_model_is_refused(tmp_path, check_refused, name):
     how, words = ODD[name]
     path = write_gguf(tmp_path / "odd.gguf", small_model("llama", num_hidden_layers=2), **how)
-    refuses(path, *words)
+    check_refused(path, *words)
 
 
-def test_a_folder_that_is_not_empty_is_refused(made, tmp_path, refuses):
+def test_a_folder_that_is_not_empty_is_refused(made, tmp_path, check_refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("-")
-    refuses(made["llama"][0], "exists and is not an empty folder")
+    check_refused(made["llama"][0], "exists and is not an empty folder")
 
 
-def test_a_foreign_file_where_the_folder_is_made_is_kept(made, tmp_path, refuses):
+def test_a_foreign_file_where_the_folder_is_made_is_kept(made, tmp_path, check_refused):
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part/mine.txt").write_text("-")
-    refuses(made["llama"][0], "mine.txt")
+    check_refused(made["llama"][0], "mine.txt")
     assert (tmp_path / "out.part/mine.txt").exists()
 
 
@@ -365,9 +365,9 @@ def test_what_a_killed_program_left_is_replaced(made, tmp_path):
     assert not (tmp_path / "out.part").exists()
 
 
-def test_a_missing_package_is_named(made, refuses, monkeypatch):
+def test_a_missing_package_is_named(made, check_refused, monkeypatch):
     monkeypatch.setitem(program.sys.modules, "gguf", None)
-    refuses(made["llama"][0], "gguf is not installed", "requirements-dev.txt")
+    check_refused(made["llama"][0], "gguf is not installed", "requirements-dev.txt")
 
 
 # real files
