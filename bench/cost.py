@@ -37,6 +37,7 @@ from bench.train import (
     ADAPTER,
     FIXED,
     RESULT,
+    add_work_flags,
     check_before_work,
     machine,
     measure,
@@ -44,7 +45,7 @@ from bench.train import (
     without_folder,
     write_adapter,
 )
-from cli import COUNT, POSITIVE, TINY, Args, Parser, RunFailed, at_least, exit_code
+from cli import COUNT, POSITIVE, Args, Parser, RunFailed, at_least, exit_code
 from data import mixture
 from data.batches import batch_at, encode_rows, updates_per_epoch
 from data.rows import FileRows, last_user, read_rows, turn
@@ -496,17 +497,8 @@ QUICK = {"updates": 3, "rounds": 1, "batch_sizes": [8, 16, 32], "anchor_counts":
 def parse(argv=None) -> Args:
     p = Parser("bench.cost", "What an update costs against its size, and what an upload costs "
                              "against its rows.")
-    p.add_argument("--model", default=TINY, help="Hugging Face folder")
-    p.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
-    p.add_argument("--task", choices=("sst2", "agnews", "gsm8k"), default="sst2")
-    p.add_argument("--rows", type=COUNT, default=32, help="per update, but in the panel batch")
-    p.add_argument("--anchors", type=at_least(int, 0), default=1, metavar="K",
-                   help="but in the panel anchors")
-    p.add_argument("--lambda", dest="lam", type=at_least(float, 0), default=50.0, metavar="L",
-                   help="weight of L_safe")
+    add_work_flags(p)  # --rows and --anchors hold where a panel does not change them
     p.add_argument("--lr", type=POSITIVE, default=1e-5, help="it changes no time")
-    p.add_argument("--tokens-per-pass", type=COUNT, default=16384,
-                   help="a larger batch is cut: less memory, the same gradient")
     p.add_argument("--panels", choices=PANELS, nargs="+", default=list(PANELS), help="which")
     p.add_argument("--batch-sizes", type=COUNT, nargs="+", default=[4, 8, 16, 32, 64],
                    help="of the panel batch")
@@ -517,17 +509,10 @@ def parse(argv=None) -> Args:
     p.add_argument("--uploads", type=COUNT, nargs="+", default=[100, 1000, 10_000, 100_000],
                    help="rows of the panel upload")
     p.add_argument("--updates", type=COUNT, default=8, help="timed, behind one that warms up")
-    p.add_argument("--rounds", type=COUNT, default=3)
     p.add_argument("--quick", action="store_true", help="few points, 3 updates and one round")
-    p.add_argument("--threads", type=COUNT, default=torch.get_num_threads(), help="of the CPU")
-    p.add_argument("--out", help="JSON file for all numbers")
     p.add_argument("--figure", help="file for the four panels, as .png or .pdf")
     p.add_argument("--point", nargs=3, metavar=("PANEL", "LINE", "VALUE"),
                    help="how the program starts itself for each point; needs --folder")
-    p.add_argument("--folder", help="where the program that starts --point has its files")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"),
-                   help="of the model; adapters are fp32 (default: bfloat16 on CUDA, else float32)")
     args = p.parse_args(argv).replace(**FIXED)
     if args.point and not args.folder:
         p.error("--point is for the program itself and needs --folder; --panels chooses")

@@ -366,9 +366,8 @@ def draw(result: dict, path) -> None:
 # The flags
 
 
-def parse(argv=None) -> Args:
-    p = Parser("bench.train", "Speed and memory of one training step: this project and its peers "
-                              "on the same work.")
+def add_work_flags(p: Parser) -> None:
+    """The flags of what is measured and on what, which bench.cost has too."""
     p.add_argument("--model", default=TINY, help="Hugging Face folder")
     p.add_argument("--data-dir", default=TINY, help="folder of tasks and prompts")
     p.add_argument("--task", choices=("sst2", "agnews", "gsm8k"), default="sst2")
@@ -376,24 +375,30 @@ def parse(argv=None) -> Args:
     p.add_argument("--anchors", type=at_least(int, 0), default=1, metavar="K")
     p.add_argument("--lambda", dest="lam", type=at_least(float, 0), default=50.0, metavar="L",
                    help="weight of L_safe")
-    p.add_argument("--lr", type=POSITIVE, default=1e-4,
-                   help="high, so that L_safe shows in the losses that are compared")
     p.add_argument("--tokens-per-pass", type=COUNT, default=16384,
                    help="of this project's arms: less memory, the same gradient")
-    p.add_argument("--updates", type=at_least(int, N_COMPARED - 1), default=20,
-                   help="timed, behind one that warms up")
     p.add_argument("--rounds", type=COUNT, default=3)
-    p.add_argument("--quick", action="store_true", help="as --updates 5 --rounds 3")
-    p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which, in order")
     p.add_argument("--threads", type=COUNT, default=torch.get_num_threads(), help="of the CPU")
     p.add_argument("--out", help="JSON file for all numbers")
-    p.add_argument("--figure", help="file for a bar chart, as .png or .pdf")
-    p.add_argument("--arm", choices=(*ARMS, "reference"), help="how the program starts itself "
-                                                               "for each arm; needs --folder")
-    p.add_argument("--folder", help="where the program that starts --arm has its adapter")
+    p.add_argument("--folder", help="where the program that starts this one has its files")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--dtype", choices=("float32", "bfloat16"),
                    help="of the model; adapters are fp32 (default: bfloat16 on CUDA, else float32)")
+
+
+def parse(argv=None) -> Args:
+    p = Parser("bench.train", "Speed and memory of one training step: this project and its peers "
+                              "on the same work.")
+    add_work_flags(p)
+    p.add_argument("--lr", type=POSITIVE, default=1e-4,
+                   help="high, so that L_safe shows in the losses that are compared")
+    p.add_argument("--updates", type=at_least(int, N_COMPARED - 1), default=20,
+                   help="timed, behind one that warms up")
+    p.add_argument("--quick", action="store_true", help="as --updates 5 --rounds 3")
+    p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which, in order")
+    p.add_argument("--figure", help="file for a bar chart, as .png or .pdf")
+    p.add_argument("--arm", choices=(*ARMS, "reference"), help="how the program starts itself "
+                                                               "for each arm; needs --folder")
     args = p.parse_args(argv).replace(**FIXED)
     if args.arm and not args.folder:
         p.error("--arm is for the program itself and needs --folder; --arms chooses which to time")
