@@ -1,0 +1,69 @@
+"""Which texts say nearly the same: at least half of all their words are common to both.
+
+    J(a, b) = |A and B| / |A or B| >= 1/2        A, B: the words of a and b, by mixture.normalise
+
+That is the Jaccard index. "Write a guide to bake a cake" and "Write a guide to bake a pie" have 5
+words of 7 in common, so they are near. They are hardly two observations: a model that refuses one
+refuses the other. So their results count as one group in an interval, and what is trained on or
+held is removed from the tests with all that is near it.
+"""
+
+from collections import Counter, defaultdict
+
+from data.mixture import normalise
+
+NEAR = 0.5  # the smallest J that counts as near; our choice
+
+
+class NearTexts:
+    """Texts, to be asked for those that are near another one."""
+
+    def __init__(self, texts=()):
+        self.words = []  # of each text, its set of words
+        self.texts_with = defaultdict(list)  # word -> the numbers of the texts that have it
+        for text in texts:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        """Gives `text` the next number, from 0 on."""
+        words = word_set(text)
+        for word in words:
+            self.texts_with[word].append(len(self.words))
+        self.words.append(words)
+
+    def near(self, text: str) -> list[int]:
+        """The numbers of the texts that are near `text`, in order."""
+        words = word_set(text)
+        n_common = Counter()
+        for word in words:
+            n_common.update(self.texts_with.get(word, ()))
+        found = []
+        for number, common in n_common.items():
+            n_all = len(words) + len(self.words[number]) - common  # |A or B|
+            if common >= NEAR * n_all:
+                found.append(number)
+        return sorted(found)
+
+
+def word_set(text: str) -> frozenset[str]:
+    return frozenset(normalise(text).split())
+
+
+def near_groups(texts) -> list[int]:
+    """For each text the number of its group: what is near, and what is near to that, is one group.
+
+    Groups are numbered from 0 on as they first come.
+    """
+    texts = list(texts)
+    seen = NearTexts()
+    group_of = []  # of each text, the first text of its group so far
+    for i, text in enumerate(texts):
+        joined = {group_of[j] for j in seen.near(text)}
+        first = min(joined, default=i)
+        group_of = [first if group in joined else group for group in group_of]
+        group_of.append(first)
+        seen.add(text)
+    number_of = {}
+    for first in group_of:
+        number_of.setdefault(first, len(number_of))
+    return [number_of[first] for first in group_of]
