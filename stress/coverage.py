@@ -326,11 +326,16 @@ def of_all_prompts(found: Measured, K: int) -> dict:
 
 def of_one_prompt(found: Measured, i: int, prompt: str) -> dict:
     """A prompt's line of the file."""
-    line = {"prompt": prompt, "margin": found.margin[i].item(),
-            "gradient_norm": found.gradient_norm[i].item()}
+    line = {"prompt": prompt, "margin": six_digits(found.margin[i]),
+            "gradient_norm": six_digits(found.gradient_norm[i])}
     for name in BY_K:
-        line[name] = {str(K): values[i].item() for K, values in getattr(found, name).items()}
+        line[name] = {str(K): six_digits(values[i]) for K, values in getattr(found, name).items()}
     return line
+
+
+def six_digits(number: Tensor) -> float:
+    """As many as fp32 has; more would double the file."""
+    return float(f"{number.item():.6g}")
 
 
 def table(predictions: Predictions) -> str:
@@ -351,8 +356,11 @@ def table(predictions: Predictions) -> str:
                      f"{coverage:>25}{means['reach']:>9.3f}")
     K = list(about["by_K"])[-1]
     by_reach = sorted(refused, key=lambda p: p["reach"][K])
-    ends = {"the first to fall": by_reach[:N_SHOWN], "the last": by_reach[-N_SHOWN:]}
+    ends = {"the first to fall": by_reach[:N_SHOWN],
+            "the last": by_reach[N_SHOWN:][-N_SHOWN:]}
     for words, chosen in ends.items():
+        if not chosen:
+            continue
         lines.append(f"\nof those, {words} with K = {K}, by reach:")
         for p in chosen:
             lines.append(f"{p['reach'][K]:9.3f}  (margin {p['margin']:6.2f}, coverage "
