@@ -73,15 +73,33 @@ def test_the_file_is_of_the_run_that_train_makes_with_the_same_flags(predicted, 
         assert means["directions"] == 31 * int(K)  # of 32
 
 
-def test_the_table_has_a_line_for_each_K_and_the_prompts_in_order(inputs, tmp_path, capsys):
+def test_the_table_has_a_line_for_each_K(predicted, inputs, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert predict(inputs, out) == 0
-    shown = capsys.readouterr().out
-    _, *prompts = read_lines(out)
-    refused = [p for p in prompts if p["margin"] > 0]
-    assert f"4 harmful test prompts, {len(refused)} with a margin above 0" in shown
-    assert [line.split()[0] for line in shown.split("\n")[1:5]] == ["K", "0", "1", "2"]
-    assert "the first to fall with K = 2" in shown and f"written to {out}" in shown
+    shown = capsys.readouterr().out.split("\n")
+    heads = [i for i, line in enumerate(shown) if line.startswith("   K")]
+    lines = [line.split() for line in shown[heads[0]:heads[0] + 4]]
+    assert [line[0] for line in lines] == ["K", "0", "1", "2"]
+    about, *_ = read_lines(predicted)
+    assert [line[1] for line in lines[1:]] == ["0", "31", "62"]
+    assert lines[3][4] == f"{about['by_K']['2']['coverage']:.3f}"
+    assert f"written to {out}" in shown
+
+
+@pytest.mark.parametrize(("n", "first", "last"), [
+    (12, [0, 1, 2, 3, 4], [7, 8, 9, 10, 11]), (7, [0, 1, 2, 3, 4], [5, 6]), (2, [0, 1], [])])
+def test_prompts_are_listed_by_reach_each_once_and_only_refused_ones(predicted, n, first, last):
+    about, *_ = read_lines(predicted)
+    prompts = []
+    for i in reversed(range(n)):
+        prompts.append({"prompt": f"prompt {i}", "margin": 1.0, "reach": {"2": float(i)},
+                        "coverage": {"2": 0.5}})
+    prompts.append({"prompt": "prompt 99", "margin": -1.0, "reach": {"2": -1.0},
+                    "coverage": {"2": 0.5}})
+    shown = coverage.table(coverage.Predictions(predicted, about, prompts))
+    assert f"{n + 1} harmful test prompts, {n} with a margin above 0" in shown
+    listed = [int(line.split()[-1]) for line in shown.split("\n") if "  prompt " in line]
+    assert listed == first + last
 
 
 def test_what_was_predicted_is_not_written_over(predicted, inputs, capsys):
