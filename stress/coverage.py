@@ -56,9 +56,9 @@ from tokenizer import Tokenizer
 
 DIRECTIONS_A_PASS = 64  # of a backward pass; more take more memory and are hardly faster
 COLUMNS = 8192  # of J that are widened to float64 at once
-# Eigenvalues of G below this share of the largest count as zero. One of each anchor is, since the
-# final norm fixes the length of h: fp32 leaves 1e-14 of it on the embedded model, where the smallest
-# of the others is 2e-4 with K = 8.
+# Eigenvalues of G below this share of the largest count as zero. One of each anchor's C is zero,
+# since the final norm fixes the length of h. On the embedded model fp32 leaves 1e-14 of it, where
+# the smallest of the others is 2e-4 (K = 8).
 TOLERANCE = 1e-10
 N_SHOWN = 5  # prompts at either end of the list
 QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
