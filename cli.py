@@ -184,5 +184,6 @@ def epoch_list(text: str) -> tuple[int, ...]:
 
 
 COUNT = at_least(int, 1)
+SEED = at_least(int, 0, at_most=2**31 - 1)
 POSITIVE = at_least(float, 0, above=True)
 TINY = "data/tiny"  # the embedded model and its tasks: what a program takes if told nothing
