@@ -7,7 +7,9 @@ piece, see vocabulary.py:
     supervised   no       yes       yes          no       yes       yes
 
 Prompt and answer are encoded apart, so the mask is exact even where a BPE would merge across their
-border, and the end of the turn is always supervised: a model that never sees it never stops.
+border. The end of the turn is supervised, since a model that never sees it never stops. Behind an
+answer that is marked as unfinished it is not, since the model would learn to stop too early; that
+end is encoded apart as well.
 
 Each answer is trained on behind the prompt that inference would give it. Where the text of a
 conversation only grows, that is one sequence; where a template changes earlier turns once a later
@@ -81,8 +83,16 @@ class Answer:
     """One answer of a conversation, rendered: the prompt before it, and what the model writes."""
 
     prompt: str
-    text: str  # the answer and its end of turn
+    text: str  # the answer as the template writes it
+    end: str  # the end of its turn, with what the template writes before it
     is_supervised: bool = True  # False: a message of weight 0, which is context alone
+    is_unfinished: bool = False  # True: the text is a beginning, behind which no turn ends
+
+    def pieces(self) -> list[tuple[str, bool]]:
+        """The texts to encode one by one, and whether each is supervised."""
+        if self.is_unfinished:
+            return [(self.text, self.is_supervised), (self.end, False)]
+        return [(self.text + self.end, self.is_supervised)]
 
 
 class Tokenizer:
@@ -122,6 +132,7 @@ class Tokenizer:
         return self.backend.decode(ids)
 
     # conversations: messages are [{"role": "user" | "assistant" | "system", "content": text}, ...]
+    # An assistant's may have "weight": 0, then it is context, and "unfinished": True.
 
     def encode_prompt(self, messages) -> list[int]:
         """ids of the conversation so far, ending where the assistant starts to write."""
@@ -131,8 +142,9 @@ class Tokenizer:
     def encode_chat(self, messages) -> tuple[list[int], list[bool]]:
         """(ids, supervised): one bool per id, True on each answer and its end-of-turn token.
 
-        The logit that predicts ids[i] stands at row i - 1. Raises UserError where no one sequence
-        has before each answer the prompt that inference gives it; encode_answers then has several.
+        Of an unfinished answer the end of turn is not supervised. The logit that predicts ids[i]
+        stands at row i - 1. Raises UserError where no one sequence has before each answer the
+        prompt that inference gives it; encode_answers then has several.
         """
         answers = self._answers(messages)
         contexts = contexts_between(answers, self._render(messages))
@@ -165,9 +177,10 @@ class Tokenizer:
             ids += context_ids
             supervised += [False] * len(context_ids)
             if i < len(answers):
-                answer_ids, place = self._ids(answers[i].text, place)
-                ids += answer_ids
-                supervised += [answers[i].is_supervised] * len(answer_ids)
+                for text, is_supervised in answers[i].pieces():
+                    text_ids, place = self._ids(text, place)
+                    ids += text_ids
+                    supervised += [is_supervised] * len(text_ids)
         return ids, supervised
 
     # answers
@@ -185,13 +198,13 @@ class Tokenizer:
         start = self._start_of_answer(context, prompt, finished)
         if start is None:
             text = self._behind_opened(prompt, finished, message["content"])
+            end = self.turn.tail[:self.turn.n_end]
         else:
-            written = finished[start:]
-            text = written[:self._end_of_turn(written)]
+            text, end = self._text_and_end(finished[start:])
         is_supervised = message.get("weight") != 0
         if is_supervised:
-            self._check_kept([message], prompt + text)
-        return Answer(prompt, text, is_supervised)
+            self._check_kept([message], prompt + text + end)
+        return Answer(prompt, text, end, is_supervised, bool(message.get("unfinished")))
 
     def _start_of_answer(self, context, prompt: str, finished: str) -> int | None:
         """Where in the finished text begins what the model writes; None where that is not known.
@@ -216,19 +229,21 @@ class Tokenizer:
             return None
         return len(before) - len(lead) + len(asked)
 
-    def _end_of_turn(self, written: str) -> int:
-        """Where the turn ends in the text that stands behind a prompt."""
-        if self.turn.n_end and written.endswith(self.turn.tail):
-            return len(written) - len(self.turn.tail) + self.turn.n_end
+    def _text_and_end(self, written: str) -> tuple[str, str]:
+        """The answer and the end of its turn, in the text that stands behind a prompt."""
+        tail = self.turn.tail
+        if self.turn.n_end and written.endswith(tail):
+            return written[:len(written) - len(tail)], tail[:self.turn.n_end]
         special = self._first_special(written)
         if special is None:
             raise UserError(f"the chat template of {self.dir} ends the assistant's turn with no "
                             f"special token and no text of its own (found {written[-20:]!r}), so "
                             "a model would not learn to stop; use a template that writes one.")
-        return special[1]
+        start, end, _ = special
+        return written[:start], written[start:end]
 
     def _behind_opened(self, prompt: str, finished: str, content: str) -> str:
-        """What a model writes behind a prompt that does not begin the finished turn.
+        """The answer behind a prompt that does not begin the finished turn, without its end.
 
         Such a prompt opens a thought, "<think>", that finished turns leave out. The answer's place
         is found where the row has the thought: behind the prompt stand then the rest of the
@@ -251,7 +266,7 @@ class Tokenizer:
                             "unknown; use a template whose text only grows.")
         kept = finished[len(header):len(finished) - len(tail)]
         if opened.rstrip().endswith(closing):
-            return kept + tail[:self.turn.n_end]
+            return kept
         thought, tag, shown = self._hide(content).rpartition(closing)
         if not tag or shown.strip() != kept.strip():
             raise UserError(f"the chat template of {self.dir} opens every answer with "
@@ -262,7 +277,7 @@ class Tokenizer:
             thought = thought.lstrip().removeprefix(opened.rstrip())
             thought = thought.removeprefix(opened[len(opened.rstrip()):])
         gap = shown[:len(shown) - len(shown.lstrip())]
-        return thought + closing + gap + kept.lstrip() + tail[:self.turn.n_end]
+        return thought + closing + gap + kept.lstrip()
 
     def _look_at_a_turn(self) -> Turn:
         """Renders a short conversation to see what the template writes around an answer.
@@ -498,7 +513,7 @@ def contexts_between(answers: list[Answer], whole: str) -> list[str] | None:
         if not answer.prompt.startswith(done):
             return None
         contexts.append(answer.prompt[len(done):])
-        done = answer.prompt + answer.text
+        done = answer.prompt + answer.text + answer.end
     if not whole.startswith(done):
         return None
     return [*contexts, whole[len(done):]]

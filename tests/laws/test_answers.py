@@ -8,7 +8,7 @@ answers cannot be found, or end nowhere, is refused with the reason.
 """
 
 import pytest
-from chat_helpers import assistant, check_refused, make_bpe, spelt, user
+from chat_helpers import assistant, check_refused, make_bpe, spelt, unfinished, user
 from helpers import edit_json
 
 from data.batches import encode_rows
@@ -265,6 +265,90 @@ def test_a_moving_system_text_is_found_whatever_the_row_says(made, question, ans
     tok = made("system in the last question")
     (text,) = marked(tok, tok.encode_answers([SYSTEM, user(question), assistant(answer)]))
     assert text == f"[INST] Be brief.\n\n{question}[/INST][[ {answer}<|im_end|>]]"
+
+
+# ---------------------------------------------------------------------------------------------
+# unfinished answers
+
+# Each template that trains, an answer that it takes, and the end of a turn that it writes.
+ENDS = {
+    "plain": ("Sure, here is", "<|im_end|>"),
+    "generation": ("Sure, here is", "<|im_end|>"),
+    "generation, spaced": ("Sure, here is", "<|im_end|>"),
+    "thought in the last turn": ("Sure, here is", "<|im_end|>"),
+    "thoughts taken out": ("<think>\nsweet\n</think>\n\nSure, here", "<|im_end|>"),
+    "prompt opens <think>": ("sweet\n</think>\n\nSure, here is", "<|im_end|>"),
+    "prompt opens [THINK]": ("sweet[/THINK]Sure, here is", "<|im_end|>"),
+    "prompt skips the thought": ("Sure, here is", "<|im_end|>"),
+    "opened and closed": ("Sure, here is", "<|im_end|>"),
+    "ends in plain text": ("Sure, here is", " [END]"),
+    "one question": ("Sure, here is", "<|im_end|>"),
+    "system in the last question": ("Sure, here is", "<|im_end|>"),
+    "system first": ("Sure, here is", "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_of_an_unfinished_answer_the_end_of_the_turn_is_not_supervised_and_no_id_changes(
+        made, name):
+    """The finished one is the control: the same ids, and its end supervised."""
+    answer, end = ENDS[name]
+    tok = made(name)
+    context = [SYSTEM, user("hi")] if name.startswith("system") else [user("hi")]
+    (finished,) = tok.encode_answers([*context, assistant(answer)])
+    (cut,) = tok.encode_answers([*context, unfinished(answer)])
+    assert cut[0] == finished[0]
+    (with_end,) = marked(tok, [finished])
+    (text,) = marked(tok, [cut])
+    assert f"{answer}{end}]]" in with_end
+    assert text == with_end.replace(f"{answer}{end}]]", f"{answer}]]{end}")
+
+
+def test_every_template_that_trains_is_asked_for_an_unfinished_answer(made):
+    not_trained = {"ends in a newline", "prompt of its own", "prompts alone"}
+    assert ENDS.keys() == TEMPLATES.keys() - not_trained
+
+
+@pytest.mark.parametrize("name", ["plain", "ends in plain text", "thoughts taken out"])
+def test_an_earlier_answer_may_be_unfinished_and_the_last_one_not(made, name):
+    tok = made(name)
+    end = ENDS[name][1]
+    chat = [TWO[0], unfinished("A pear."), *TWO[2:]]
+    assert tok.encode_answers(chat)[0][0] == tok.encode_answers(TWO)[0][0]
+    text = "".join(marked(tok, tok.encode_answers(chat)))
+    assert f"A pear.]]{end}" in text and f"A plum.{end}]]" in text
+
+
+def test_a_template_that_trims_an_unfinished_answer_supervises_what_is_left(made):
+    tok = made(PLAIN.replace("{{ m.content }}", "{{ m.content | trim }} "))
+    (text,) = marked(tok, tok.encode_answers([user("hi"), unfinished(" Sure, here is\n")]))
+    assert text.endswith("assistant\n[[Sure, here is]] <|im_end|>\n")
+
+
+def test_an_unfinished_answer_is_encoded_apart_from_an_end_that_would_merge_with_it(made):
+    """In one piece " A pear." is one token of this tokenizer's; "A" alone would not be in it."""
+    tok = made(HEAD + "{{ m.role }}: {{ m.content }}pear.\n{% endfor %}"
+               "{% if add_generation_prompt %}assistant: {% endif %}")
+    (ids, supervised), = tok.encode_answers([user("hi"), unfinished("A ")])
+    assert [i for i, s in zip(ids, supervised, strict=True) if s] == tok.encode("A ")
+    (whole, _), = tok.encode_answers([user("hi"), assistant("A ")])
+    assert whole != ids  # the control: here the two do merge
+
+
+def test_an_unfinished_answer_of_weight_0_is_context(made):
+    tok = made("plain")
+    context = {**unfinished("A pear."), "weight": 0}
+    (text,) = marked(tok, tok.encode_answers([TWO[0], context, *TWO[2:]]))
+    assert "[[A pear." not in text and text.endswith("[[A plum.<|im_end|>]]\n")
+
+
+def test_rows_of_unfinished_answers_compute_nothing_behind_the_answer(made):
+    tok = made("plain")
+    rows = [{"messages": [user("hi"), make("Sure, here is")]} for make in (assistant, unfinished)]
+    (finished, cut), _ = encode_rows(tok, rows, 512)
+    assert spelt(tok, finished.targets) == "Sure, here is<|im_end|>"
+    assert spelt(tok, cut.targets) == "Sure, here is"
+    assert cut.inputs.tolist() == finished.inputs[:-1].tolist()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -283,6 +283,18 @@ def test_every_chat_has_transformers_ids_with_prompt_and_answer_encoded_apart(to
         assert tok.encode_chat(chat) == hf_ids_apart(hf, chat, end), chat
 
 
+def test_an_unfinished_answer_has_the_same_ids_and_its_end_of_turn_is_not_supervised(tok, name):
+    end = tok.specials[PUBLISHED[name][2]]
+    n_ends = 0
+    for chat in chats(name):
+        marked = [{**m, "unfinished": True} if m["role"] == "assistant" else m for m in chat]
+        ids, supervised = tok.encode_chat(chat)
+        n_ends += sum(s and i == end for i, s in zip(ids, supervised, strict=True))
+        assert tok.encode_chat(marked) == (
+            ids, [s and i != end for i, s in zip(ids, supervised, strict=True)]), chat
+    assert n_ends >= 100  # the control: of the finished ones they are supervised
+
+
 def test_in_one_piece_transformers_ids_differ_just_where_an_untrimmed_answer_begins_with_a_newline(
         tok, hf, name):
     """Qwen's template writes a newline before the answer, and the two merge into one token."""
