@@ -115,12 +115,15 @@ RESULT = {
     "tokens_per_second": FROM_0, "peak_bytes": FROM_0, "evals": OBJECT, "probes": OBJECT,
 }
 # and what each of its evaluations does; one of an older version lacks some.
-RATES = ("hs", "hs_plus", "hs_exact", "fa", "fa_readable", "win_rate", "over_refusal")
+RATES = ("hs", "hs_plus", "hs_long", "hs_exact", "fa", "fa_readable", "win_rate", "over_refusal")
 NUMBERS = {
     "rubric": NUMBER, **dict.fromkeys(RATES, NUMBER),
     **dict.fromkeys([f"{rate}_count" for rate in RATES],
                     Kind("a list [k, n], k of n", is_a_rate_count)),
     **dict.fromkeys(("unjudged", "uncompared", "degenerate", "unfinished"), LENGTH),
+    **dict.fromkeys(("max_new", "hs_long_max_new"), COUNT),
+    **dict.fromkeys(("words_judged_harmful", "words_harmful", "words_task", "words_lookalike"),
+                    FROM_0),
 }
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
