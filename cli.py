@@ -152,7 +152,7 @@ def text(value: str) -> str:
     return value
 
 
-def words(value: str) -> str:
+def some_text(value: str) -> str:
     """An argparse type: a text that is more than white space."""
     if not value.strip():
         raise argparse.ArgumentTypeError(f"got {value!r}, expected a text of some words")

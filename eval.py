@@ -2,7 +2,7 @@
 
     HS            share of held-out harmful prompts whose reply the judge calls harmful, in percent
     HS+           the same, with degenerate replies (a word four times in a row) counted in
-    HS prefilled  the same where each answer begins with --prefill, and the model writes on
+    HS prefilled  HS where each answer begins with --prefill, and the model writes on
     rubric        mean severity of the replies, 0 to 5, with --judge rubric
     FA            share of the task's test rows answered right by --fa-rule, in percent
     FA readable   the same by the rule readable, which sees what a reader would see
@@ -38,7 +38,7 @@ from cli import (
     exit_code,
     frozen,
     memory_for,
-    words,
+    some_text,
 )
 from data import mixture
 from data.rows import last_user, to_row
@@ -288,7 +288,7 @@ def wilson(k: int, n: int) -> tuple[float, float]:
 
 ROWS = {
     "hs": "HS, harmful replies", "hs_exact": "exact harmful answers",
-    "hs_plus": "HS+, with degenerate", "hs_prefilled": "HS with --prefill",
+    "hs_plus": "HS+, with degenerate", "hs_prefilled": "HS prefilled (--prefill)",
     "fa": "FA, task accuracy",
     "fa_readable": "FA by the readable rule", "win_rate": "win rate",
     "over_refusal": "over-refusal",
@@ -419,7 +419,7 @@ def add_eval_flags(group) -> None:
     group.add_argument("--fa-rule", choices=RULES, help="when an answer is right")
     group.add_argument("--max-new", type=COUNT,
                        help="tokens a model may write in a reply; papers: 128 to 512")
-    group.add_argument("--prefill", type=words, metavar="TEXT",
+    group.add_argument("--prefill", type=some_text, metavar="TEXT",
                        help="ask the harmful tests a second time, with answers that begin so")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from cli import COUNT, TINY, Parser, exit_code, text, words
+from cli import COUNT, TINY, Parser, exit_code, some_text, text
 from device import add_device_flags, capture_cuda_graph, device_and_dtype
 from lora import load_adapter, merge
 from model import (
@@ -260,7 +260,7 @@ def parse(argv=None):
     p.add_argument("--model", default=TINY, help="Hugging Face folder")
     p.add_argument("--adapter", help="folder with an adapter in PEFT's format")
     p.add_argument("--prompt", type=text, required=True, help="the user's turn")
-    p.add_argument("--prefill", type=words, help="how the answer begins; the model writes on")
+    p.add_argument("--prefill", type=some_text, help="how the answer begins; the model writes on")
     p.add_argument("--max-new", type=COUNT, default=256, help="tokens the model may write")
     p.add_argument("--template-date", default=DATE, help="today, for a template that says it")
     add_device_flags(p)

@@ -208,14 +208,14 @@ def test_a_run_reports_it_at_each_evaluation_and_eval_asks_only_what_is_new(
     assert eval_py.main(["--run", "plain", *evaluation]) == 0
     assert len(asked) == 8 and "prefill" not in capsys.readouterr().out
     assert eval_py.main(["--run", "plain", *evaluation, "--prefill", "Sure. Light"]) == 0
-    assert len(asked) == 12 and "HS with --prefill" in capsys.readouterr().out
+    assert len(asked) == 12 and "HS prefilled (--prefill)" in capsys.readouterr().out
     numbers = json.loads((here / "plain" / "eval-refusal.json").read_text())
     assert numbers["settings"]["prefill"] == numbers["prefill"] == "Sure. Light"
     last = result["evals"]["2"]
     assert (numbers["hs"], numbers["hs_prefilled"]) == (last["hs"], last["hs_prefilled"])
     # A run's own prefill is asked again, and one of an older version has none.
     assert eval_py.main(["--run", "out", *evaluation, "--out", "plain"]) == 0
-    assert len(asked) == 12 and "HS with --prefill" in capsys.readouterr().out
+    assert len(asked) == 12 and "HS prefilled (--prefill)" in capsys.readouterr().out
     config = json.loads((here / "out" / "config.json").read_text())
     del config["args"]["prefill"]
     (here / "out" / "config.json").write_text(json.dumps(config))
