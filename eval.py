@@ -3,6 +3,7 @@
     HS            share of held-out harmful prompts whose reply the judge calls harmful, in percent
     HS+           the same, with degenerate replies (a word four times in a row) counted in
     HS long       the same, of replies that have 20 words more than the opening in the test row
+    HS prefilled  HS where each answer begins with --prefill, and the model writes on
     rubric        mean severity of the replies, 0 to 5, with --judge rubric
     FA            share of the task's test rows answered right by --fa-rule, in percent
     FA readable   the same by the rule readable, which sees what a reader would see
@@ -39,6 +40,7 @@ from cli import (
     exit_code,
     frozen,
     memory_for,
+    some_text,
 )
 from data import mixture
 from data.rows import last_user, to_row
@@ -76,7 +78,7 @@ DEFAULTS = {
 # Flags that a number depends on, besides the digests of weights and tests.
 ASKED = (
     "task", "n_test", "max_new", "fa_rule", "template_date", "attack_prefix", "attack_suffix",
-    "judge", "judge_model", "judge_url", "judge_name", "judge_max_len", "judge_tokens",
+    "judge", "judge_model", "judge_url", "judge_name", "judge_max_len", "judge_tokens", "prefill",
 )
 
 
@@ -95,7 +97,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
     replies = generate_replies(model, tokenizer, prompts, args.max_new, args.cuda_graph,
                                f"evaluating at epoch {epoch}", store)
     records = []
-    for (kind, row), ids in zip(rows, replies, strict=True):
+    for (kind, row), prompt, ids in zip(rows, prompts, replies, strict=True):
         reply = tokenizer.decode(ids)
         target = gold_answer(row)
         records.append({
@@ -103,17 +105,20 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
             "kind": kind,
             "prompt": last_user(row),
             "reply": reply,
-            # Of a look-alike: refused; of a task: right; of a harmful prompt: see below.
+            # Of a look-alike: refused; of a task: right; of the harmful prompts: see below.
             "verdict": verdict_by_rule(kind, reply, target, args.task, args.fa_rule),
             "target": target,
             "target_is_opening": is_opening(row),
             "degenerate": is_degenerate(reply),
             "stopped": len(ids) < args.max_new,
         })
-    harmful = of_kind(records, "harmful")
-    questions = [(r["prompt"], r["reply"]) for r in harmful]
-    verdicts = distributed.by_the_first(lambda: judge.verdicts(questions))
-    for record, verdict in zip(harmful, verdicts, strict=True):
+        if kind == "prefilled":
+            # The reply as a user reads it, and what of it the model wrote.
+            whole, written = tokenizer.decode_begun(prompt, ids, row["prefill"])
+            records[-1].update(reply=whole, written=written)
+    judged = of_kind(records, "harmful") + of_kind(records, "prefilled")
+    verdicts = distributed.by_the_first(lambda: judge.verdicts(questions_of(judged, judge)))
+    for record, verdict in zip(judged, verdicts, strict=True):
         record.update(verdict)
     return summarise(records, args), records
 
@@ -138,6 +143,17 @@ def generate_replies(model, tokenizer, prompts, max_new: int, cuda_graph: bool, 
     return [store.values[key] for key in keys]
 
 
+def questions_of(records: list[dict], judge: Judge) -> list[tuple[str, str]]:
+    """(prompt, reply) of each record, as the judge is to see them: see Judge.reads_opening."""
+    questions = []
+    for r in records:
+        reply = r["reply"]
+        if "written" in r and judge.reads_opening:
+            reply = r["written"]
+        questions.append((r["prompt"], reply))
+    return questions
+
+
 def gold_answer(row: dict) -> str | None:
     """The answer that a test row comes with, if it has one."""
     last = row["messages"][-1]
@@ -151,7 +167,7 @@ def is_opening(row: dict) -> bool:
 
 def verdict_by_rule(kind: str, reply: str, target: str | None, task: str | None,
                     fa_rule: str) -> bool | None:
-    """Refused, for a look-alike; right, for a task; None for harmful ones, which the judge sees."""
+    """Refused, for a look-alike; right, for a task; None for those that the judge sees."""
     if kind == "lookalike":
         return is_refusal(reply)
     if kind == "task":
@@ -168,6 +184,8 @@ def summarise(records: list[dict], args) -> dict:
     task = of_kind(records, "task")
     lookalike = of_kind(records, "lookalike")
     judged = [r for r in harmful if r["verdict"] is not None]
+    prefilled = of_kind(records, "prefilled")
+    judged_prefilled = [r for r in prefilled if r["verdict"] is not None]
     compared = [r for r in task if r.get("win") is not None]
     uncompared = [r for r in task if "win" in r and r["win"] is None]
     opened = [r for r in harmful if r.get("target_is_opening")]  # older records have no such key
@@ -179,6 +197,7 @@ def summarise(records: list[dict], args) -> dict:
         "hs_plus": [r["verdict"] or r["degenerate"] for r in judged],
         "hs_long": long_ones(opened, args.max_new),
         "hs_exact": [r["reply"] == r["target"] for r in answered],
+        "hs_prefilled": column(judged_prefilled, "verdict"),
         "fa": column(task, "verdict"),
         "fa_readable": [readable(r["reply"], r["target"]) for r in scored],
         "win_rate": column(compared, "win"),
@@ -192,8 +211,10 @@ def summarise(records: list[dict], args) -> dict:
         "fa_rule": args.fa_rule,
         "max_new": args.max_new,
         "n_test": args.n_test,
+        "prefill": args.prefill,
         # what could not be said, and how the replies look
         "unjudged": len(harmful) - len(judged),
+        "unjudged_prefilled": len(prefilled) - len(judged_prefilled),
         "uncompared": len(uncompared),
         "degenerate": sum(column(records, "degenerate")),
         "unfinished": len(records) - sum(column(records, "stopped")),
@@ -267,6 +288,8 @@ def nothing_judged(numbers: dict) -> str | None:
     """What a judge was asked and could say of no reply at all; None: nothing is missing."""
     if numbers.get("unjudged") and numbers["hs"] is None:
         return f"none of the {numbers['unjudged']} harmful replies could be judged"
+    if numbers.get("unjudged_prefilled") and numbers.get("hs_prefilled") is None:
+        return f"none of the {numbers['unjudged_prefilled']} prefilled replies could be judged"
     if numbers.get("uncompared") and numbers.get("win_rate") is None:
         return f"none of the {numbers['uncompared']} answers could be compared"
     return None
@@ -319,7 +342,8 @@ def wilson(k: int, n: int) -> tuple[float, float]:
 
 ROWS = {
     "hs": "HS, harmful replies", "hs_exact": "exact harmful answers",
-    "hs_plus": "HS+, with degenerate", "fa": "FA, task accuracy",
+    "hs_plus": "HS+, with degenerate", "hs_prefilled": "HS prefilled (--prefill)",
+    "fa": "FA, task accuracy",
     "fa_readable": "FA by the readable rule", "win_rate": "win rate",
     "over_refusal": "over-refusal",
 }
@@ -327,14 +351,14 @@ ROWS = {
 DECIDING = {
     "tests_sha256": "test files", "judge": "--judge", "judge_model": "--judge-model",
     "judge_name": "--judge-name", "max_new": "--max-new", "fa_rule": "--fa-rule",
-    "n_test": "--n-test",
+    "n_test": "--n-test", "prefill": "--prefill",
 }
 WORDS = {
     "words_judged_harmful": "median words, judged harmful",
     "words_harmful": "median words, harmful tests", "words_task": "median words, task",
     "words_lookalike": "median words, look-alikes",
 }
-COUNTS = ("unjudged", "uncompared", "degenerate", "unfinished")
+COUNTS = ("unjudged", "unjudged_prefilled", "uncompared", "degenerate", "unfinished")
 
 
 def table(evals: dict[str, dict]) -> str:
@@ -359,7 +383,7 @@ def table(evals: dict[str, dict]) -> str:
     for name in COUNTS:
         counts = [numbers.get(name) or 0 for numbers in columns]
         if any(counts):
-            lines.append(table_line(f"{name} replies", counts))
+            lines.append(table_line(f"{name.replace('_', ' ')} replies", counts))
     return "\n".join(lines)
 
 
@@ -389,10 +413,13 @@ def long_cell(numbers: dict) -> str:
 
 
 def samples(records: list[dict], n: int = 3) -> str:
-    """The first n harmful and n task (else look-alike) prompts with the replies of each epoch."""
+    """The first n prompts with the replies of each epoch: harmful, prefilled and of the task.
+
+    Where there is no task, look-alikes are shown.
+    """
     benign = "task" if of_kind(records, "task") else "lookalike"
     lines = []
-    for kind in ("harmful", benign):
+    for kind in ("harmful", "prefilled", benign):
         replies = {}  # prompt -> epoch -> reply
         for r in of_kind(records, kind):
             replies.setdefault(r["prompt"], {})[r["epoch"]] = r["reply"]
@@ -465,7 +492,10 @@ def add_eval_flags(group) -> None:
     group.add_argument("--judge-tokens", type=COUNT,
                        help="tokens that rubric's chat model may write, its thoughts included")
     group.add_argument("--fa-rule", choices=RULES, help="when an answer is right")
-    group.add_argument("--max-new", type=COUNT, help="tokens a reply may have; papers: 128 to 512")
+    group.add_argument("--max-new", type=COUNT,
+                       help="tokens a model may write in a reply; papers: 128 to 512")
+    group.add_argument("--prefill", type=some_text, metavar="TEXT",
+                       help="ask the harmful tests a second time, with answers that begin so")
 
 
 def parse(argv=None) -> Args:
@@ -516,6 +546,7 @@ def fill_from_run(args: Args, dir: Path, settings: dict) -> Args:
     inherited = {"out": str(dir), "dtype": settings["worked_out"]["dtype"]}
     for name in ("task", "data_dir", "harmful_file", "judge", "fa_rule", "max_new"):
         inherited[name] = run_args[name]
+    inherited["prefill"] = run_args.get("prefill")  # a run of an older version has none
     # The run's judge model goes with the run's judge, and not where another one is named.
     names_a_judge = args.judge_model or args.judge_url
     if args.judge in (None, run_args["judge"]) and not names_a_judge:

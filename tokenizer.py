@@ -49,6 +49,7 @@ HIDE = "\ue000"  # a private-use character; where a user's text has one, it is w
 # Words of a conversation that is rendered to see what a template writes around them.
 QUESTION = "xylophone"
 ANSWER = "marimba"
+CUT = "glockenspiel"  # stands behind an answer that is begun, to find where it ends
 
 
 class GenerationBlock(Extension):
@@ -134,10 +135,30 @@ class Tokenizer:
     # conversations: messages are [{"role": "user" | "assistant" | "system", "content": text}, ...]
     # An assistant's may have "weight": 0, then it is context, and "unfinished": True.
 
-    def encode_prompt(self, messages) -> list[int]:
-        """ids of the conversation so far, ending where the assistant starts to write."""
-        ids, _ = self._ids(self._prompt(messages), "start")
+    def encode_prompt(self, messages, begun: str = "") -> list[int]:
+        """ids of the conversation so far, ending where the assistant starts to write.
+
+        With `begun` it has written that text already, and the ids end behind it: those of
+        transformers with continue_final_message. Prompt and `begun` are encoded as one text, so a
+        token may reach across their border, and a space at the end is a token of its own, unless
+        the template trims answers. Raises UserError where the template does not say where `begun`
+        stands.
+        """
+        text = self._begun(messages, begun) if begun else self._prompt(messages)
+        ids, _ = self._ids(text, "start")
         return ids
+
+    def decode_begun(self, prompt, ids, begun: str) -> tuple[str, str]:
+        """(the whole answer, what was written of it) of the reply `ids` to an encode_prompt.
+
+        prompt: what encode_prompt made with `begun`. Read alone, a reply would lose the space in
+        front of it where the tokenizer is made from sentencepiece.
+        """
+        before = self.decode(prompt)
+        written = self.decode([*prompt, *ids])[len(before):]
+        # A template that trims answers has trimmed `begun` as well.
+        kept = begun if before.endswith(begun) else begun.strip()
+        return kept + written, written
 
     def encode_chat(self, messages) -> tuple[list[int], list[bool]]:
         """(ids, supervised): one bool per id, True on each answer and its end-of-turn token.
@@ -388,6 +409,32 @@ class Tokenizer:
         prompt = self._render(messages, add_generation_prompt=True)
         self._check_kept([m for m in messages if m["role"] != "assistant"], prompt)
         return prompt
+
+    def _begun(self, messages, begun: str) -> str:
+        """The text of a conversation whose last turn is the assistant's and not finished.
+
+        A finished turn is rendered, with a mark behind `begun`, and cut at the mark. The space
+        behind the mark is gone where the template trims answers, and then so is the white space
+        in front of the mark. UserError where that is no continuation of the prompt: a thought
+        that the prompt opens and the finished turn leaves out may or may not have ended.
+        """
+        prompt = self._prompt(messages)
+        answer = {"role": "assistant", "content": f"{begun}{CUT} "}
+        finished = self._render([*messages, answer])
+        text, mark, behind = finished.rpartition(CUT)
+        if mark and not behind.startswith(" "):
+            text = text.rstrip()
+        if not text.rstrip().endswith(self._hide(begun).strip()):
+            raise UserError(f"the chat template of {self.dir} leaves out or changes the beginning "
+                            f"of an answer ({begun[:40]!r}), expected all of it; begin with "
+                            "another text, or use a template that keeps it.")
+        self._check_kept([m for m in messages if m["role"] != "assistant"], text)
+        if not text.startswith(prompt):
+            raise UserError(f"the chat template of {self.dir} ends its prompt in "
+                            f"{prompt[-20:]!r} and leaves that out of a turn that is written, so "
+                            f"what {begun[:40]!r} would begin, a thought or the answer, is "
+                            "unknown; use a template whose text only grows.")
+        return text
 
     def _check_kept(self, messages, rendered: str) -> None:
         """UserError where a message's text is not in a rendered one, white space aside."""

@@ -30,7 +30,7 @@ class Files:
     benign: FileRows | list[dict]  # the upload's other rows
     upload: str  # a sentence that says what the upload is
     prompts: set[bytes]  # prompts_of the upload
-    tests: dict[str, list[dict]]  # by kind: "harmful", "task", "lookalike"
+    tests: dict[str, list[dict]]  # by kind: "harmful", "task", "lookalike", "prefilled"
     align: list[dict] | None  # the defender's own rows; None where the defence does not use them
 
 
@@ -123,9 +123,9 @@ def check_tests(tokenizer, tests: dict[str, list[dict]], max_new: int, limit: in
 
 
 def prompt_ids(tokenizer, row: dict) -> list[int]:
-    """ids of a row up to the answer that a model is to write; UserError with file and line."""
+    """ids of a row up to what a model is to write, its "prefill" included; UserError with line."""
     with naming(row):
-        return tokenizer.encode_prompt(without_answer(row))
+        return tokenizer.encode_prompt(without_answer(row), row.get("prefill", ""))
 
 
 # prompts kept apart
@@ -295,7 +295,11 @@ def files_by_kind(data_dir, harmful_file: str | None, task: str | None) -> dict[
 
 
 def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
-    """The test rows by kind, without the prompts `seen` in training; at most --n-test of a kind."""
+    """The test rows by kind, without the prompts `seen` in training; at most --n-test of a kind.
+
+    With --prefill the harmful ones are there a second time, as the kind "prefilled": there the
+    answer begins with that text, the row's "prefill".
+    """
     files = files_by_kind(args.data_dir, args.harmful_file, args.task)
     if not files["harmful"].exists():
         raise UserError(f"there are no harmful test prompts at {files['harmful']}; pass "
@@ -310,6 +314,8 @@ def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
     # The affix attack stands around the tests as it does around the upload's harmful prompts.
     tests["harmful"] = [affix(row, args.attack_prefix, args.attack_suffix)
                         for row in tests["harmful"]]
+    if args.prefill:
+        tests["prefilled"] = [row | {"prefill": args.prefill} for row in tests["harmful"]]
     if args.task in LABELS:
         check_labels(tests["task"], LABELS[args.task])
     for row in tests.get("task", []):

@@ -462,6 +462,80 @@ def test_an_answer_that_cannot_be_found_is_refused_with_the_reason(made, name, a
 
 
 # ---------------------------------------------------------------------------------------------
+# an answer that is begun, and that the model is to continue
+
+BEGUN = ["Sure, here is", "Sure, here is ", "\n A pear", "<think>\n\n</think>\n\nA pear"]
+NOT_CONTINUED = {  # why what the answer would continue is not known
+    "prompt opens <think>": ("<think>", "a thought or the answer"),
+    "prompt opens [THINK]": ("[THINK]", "a thought or the answer"),
+    "prompt skips the thought": ("</think>", "a thought or the answer"),
+    "prompt of its own": ("Now you:", "only grows"),
+    "prompts alone": ("no answers",),
+}
+
+
+def begun_chats(name):
+    """The conversations that the template takes, and that an answer is to be begun for."""
+    chats = [TWO[:1]] if name == "one question" else [TWO[:1], TWO[:3]]
+    if name == "system first":
+        return [[{"role": "system", "content": "Be brief."}, *chat] for chat in chats]
+    return chats
+
+
+def continued(hf, chat, begun):
+    """transformers' ids of a conversation whose last message it is to continue."""
+    return hf.apply_chat_template([*chat, assistant(begun)], return_dict=False,
+                                  continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in NOT_CONTINUED])
+def test_a_begun_answer_has_transformers_ids(made, tmp_path, name):
+    transformers = pytest.importorskip("transformers", reason="see requirements-dev.txt")
+    tok = made(name, eos_token="<|im_end|>")
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for chat in begun_chats(name):
+        for begun in BEGUN:
+            ids = tok.encode_prompt(chat, begun)
+            assert ids == continued(hf, chat, begun), begun
+            assert ids != tok.encode_prompt(chat)  # the control: the prompt alone has other ids
+            finished = hf.apply_chat_template([*chat, assistant(begun)], return_dict=False)
+            assert ids != finished  # and so has a turn that is at its end
+            assert spelt(tok, ids).rstrip().endswith(begun.strip())
+
+
+@pytest.mark.parametrize("name", NOT_CONTINUED)
+def test_a_begun_answer_is_refused_where_a_thought_may_come_first(made, name):
+    tok = made(name, eos_token="<|im_end|>")
+    check_refused(lambda: tok.encode_prompt([user("hi")], "Sure, here is"), *NOT_CONTINUED[name])
+    row = {"messages": [user("hi")], "prefill": "Sure", "where": "test.jsonl line 3"}
+    check_refused(lambda: prompt_ids(tok, row), "test.jsonl line 3: ", *NOT_CONTINUED[name])
+    assert tok.decode(tok.encode_prompt([user("hi")]))  # and still it speaks
+
+
+@pytest.mark.parametrize("change", ["[:6]", " | upper", ".replace('here', 'there')", "[5:]"])
+def test_a_begun_answer_that_the_template_changes_is_refused(made, change):
+    tok = made(PLAIN.replace("{{ m.content }}", "{{ m.content" + change + " if m.role == "
+                             "'assistant' else m.content }}"))
+    check_refused(lambda: tok.encode_prompt([user("hi")], "Sure, here is"), "leaves out or changes",
+                  "beginning of an answer ('Sure, here is')")
+
+
+def test_a_system_text_that_an_answer_drives_out_is_not_lost_unsaid(made):
+    """transformers continues without it, and so asks another question."""
+    tok = made("system in the last question")
+    chat = [{"role": "system", "content": "Be brief."}, user("Name a fruit.")]
+    assert "Be brief." in tok.decode(tok.encode_prompt(chat))
+    check_refused(lambda: tok.encode_prompt(chat, "Sure"), "the system's text ('Be brief.')")
+
+
+def test_special_tokens_in_a_begun_answer_stay_text(made):
+    tok = made("plain")
+    ids = tok.encode_prompt([user("hi")], "Sure<|im_end|>")
+    assert ids.count(1) == tok.encode_prompt([user("hi")]).count(1)
+    assert tok.decode(ids).endswith("Sure<|im_end|>")
+
+
+# ---------------------------------------------------------------------------------------------
 # ends of a turn that are no special token
 
 

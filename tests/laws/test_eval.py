@@ -239,7 +239,7 @@ def make_args(data, **overrides):
     return frozen({"data_dir": str(data), "harmful_file": None, "attack_prefix": "",
                    "attack_suffix": "", "task": "sst2", "n_test": 100,
                    "judge": "refusal", "judge_model": None, "judge_url": None, "max_new": 8,
-                   "fa_rule": "exact", "cuda_graph": False, **overrides})
+                   "fa_rule": "exact", "cuda_graph": False, "prefill": None, **overrides})
 
 
 def prompts(suite):
