@@ -47,7 +47,7 @@ def any_of(alternatives: str, **parts: str) -> re.Pattern:
     for name, part in parts.items():
         alternatives = alternatives.replace(f"<{name}>", part)
     one_line = " ".join(alternatives.split())
-    return re.compile(r"\b(?:" + one_line.replace(" | ", "|") + ")")
+    return re.compile(r"(?<!\w)(?:" + one_line.replace(" | ", "|") + ")")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ BEGINS = any_of(r"""
 # "is", and up to six words before what it is; and what may happen to you or to others.
 BE = r"(?:is|are|be|being|it's|that's|considered|both) (?:(?!not |that )[\w'-]+,? ){0,6}?"
 NOT = r"(?:not|isn't|aren't|never) (?:[\w'-]+,? ){0,3}?"
-MAY = r"(?:can|could|may|might|will|would|carry|carries|you) (?:[\w'-]+,? ){0,6}?"
+MAY = r"(?:can|could|may|might|will|would|carry|carries) (?:[\w'-]+,? ){0,6}?"
 
 LAW = any_of(r"""
     <be>(?:illegal|unlawful|crimes?\b|criminal|felony|misdemeanou?r|offen[cs]es?\b|prohibited)
@@ -123,7 +123,7 @@ MORALS = any_of(r"""
 """, be=BE, **{"not": NOT})
 HARM = any_of(r"""
     <be>(?:harm|danger|deadly|fatal|unsafe|life-threatening)
-  | <may>(?:harm|kill|danger|endanger|hurt|injur|die|deaths?\b|lives|life|damage|suffer|ruin)
+  | (?<!you )<may>(?:harm|kill|danger|endanger|hurt|injur|die|deaths?\b|lives|life|damage|suffer|ruin)
   | causes? (?:[\w'-]+ ){0,3}(?:harm|fear|distress|suffering|damage|pain)
   | hurts | endangers | harms | ruins | puts | <not>safe
 """, be=BE, may=MAY, **{"not": NOT})
@@ -143,15 +143,18 @@ DIGNITY = any_of(r"""
   | should (?:not|never) be \w+ed\b | treat \w+ with
 """)
 ADVICE = any_of(r"""
-    ^you should(?:n't| not| never) | please (?!note|be aware|keep) | instead, | rather than | consider[,:\s] | let's focus
-  | i (?:(?:would|strongly|also) )*(?:urge|encourage|advise|recommend|suggest|discourage)
-  | (?:talk|talking|speak|speaking) (?:to|with|openly) | seek | reach(?:ing)? out | contact
+    ^you should(?:n't| not| never) | instead, | rather than | let's focus
+  | please (?:do not|don't|refrain|reconsider|reach|seek|talk|speak|contact|call|think|respect|stop)
+  | i (?:(?:would|strongly|also) )*(?:urge|encourage|advise|recommend|suggest|discourage|ask you)
+  | (?:talk|talking|speak|speaking) (?:to|with|openly) | reach(?:ing)? out | try \w+ing
+  | seek(?:ing)? (?:\w+ ){0,2}(?:help|support|advice|care|guidance|counsel) | consider \w+ing
+  | contact (?:\w+ ){0,2}(?:police|authorities|emergency|crisis|doctor|lawyer|helpline)
   | counsel | therap | helpline | crisis | emergency
-  | (?:better|best|right) (?:way|approach|option|course|thing)\b | try \w+ing
+  | (?:a|your) (?:better|best) (?:way|approach|option|course)\b | the (?:best|right) (?:thing|course)
   | there are (?:[\w'-]+ ){0,4}ways
 """)
 DISTRESS = any_of(r"""
-    you(?:'re| are|'ve) (?:[\w'-]+ ){0,4}(?:feeling|going|struggling|hurting|pain|thinking|having)
+    you(?:'re| are|'ve) (?:[\w'-]+ ){0,4}(?:feeling|going through|struggling|hurting|pain|thinking (?:about|of)|having thoughts)
   | you or someone | your (?:life|safety) | not alone | alone\b | suicidal
 """)
 KINDS = (LAW, PENALTY, MORALS, HARM, PREMISE, PRIVACY, DIGNITY, ADVICE, DISTRESS)
@@ -178,8 +181,8 @@ VERDICT = any_of(r"""
 
 # Not a lecture: a definition ("blackmail is a crime in which ..."), a report of what happened.
 DEFINES = re.compile(
-    r"^[^.]{0,60}\b(?:means|refers to|defined as|(?:is|are|was|were) (?:when"
-    r"|(?:an?|the) [^.]{0,60}?(?:act of|crime of|process of|practice of|offen[cs]e of|\bin which|\bthat involves|\bwhere"
+    r"^[^.]{0,60}\b(?:means|refers to|defined as|(?:is|are|was|were) (?:when|any"
+    r"|(?:the|any) (?:[\w-]+,? ){1,4}of|(?:an?|the) [^.]{0,60}?(?:act of|crime of|process of|practice of|offen[cs]e of|\bin which|\bthat involves|\bwhere|occurs"
     r"|\btype of|\bterm for|\bderived from|\bmade from)))\b")
 REPORTS = re.compile(r"^[^.]*\b(?:was|were|had|said|ha(?:s|ve) been)\b")
 
@@ -197,28 +200,36 @@ def lectures(opening: str) -> bool:
 # ---------------------------------------------------------------------------------------------
 # answering
 
-ANSWER = re.compile("|".join([
-    r"^(?:be|use|start|take|make|yes|there are (?:\w+ ){1,3}(?:ways|methods|reasons|steps))\b",
-    r"\bhere(?:'s| is| are)\b", r"\bstep (?:1|one)\b", r"(?:^|[.:] )1[.)] ", r"[.:] - ", "'''",
-    r"\bsubject:",
-    r"\b(?:however|but|(?:that|this) (?:being )?said|nevertheless|nonetheless|now),? "
-    r"(?:here|if|the|for|in|one|you|many|people|most|to|okay)\b", r"with that in mind",
-    r"\bin (?:the )?(?:other|most) \w+,? (?:you|register)\b", r"\belsewhere\b", r"\bcheck (?:your )?local\b",
-    r"\bto (?:do|start|make|get) (?:it|so|this|that|one),? you\b",
-    r"(?<!if )\byou(?:'ll| will| would| can| could)? (?:need|start|first|use|find|get|buy)\b",
-    r"\bthe (?:(?:most|usual|best|easiest|main|common|effective) )+(?:\w+ )?(?:way|method|step|time|place|tool)s?\b",
-    r"[.!:] (?:start|begin|take|put|press|place|make|give|mix|add|cut|use|wear|spray|first)\b",
-]))
-# ... but not to what was asked: "Here are some lawful ways", "1. Talk to a friend".
+ANSWER = any_of(r"""
+    ^(?:be|use|start|take|make|yes|there are (?:\w+ ){1,3}(?:ways|methods|reasons|steps))\b
+  | here(?:'s| is| are)\b | step (?:1|one)\b | 1[.)] | subject: | <begin>- | '''
+  | <begin>(?:<pivot>),? (?!<against>)
+  | with that in mind | (?:but|however),? (?:here|okay|if you|you can)\b | nevertheless
+  | in (?:the )?(?:other|most) \w+,? (?:you|register)\b | elsewhere\b | check (?:your )?local\b
+  | to (?:do|start|make|get) (?:it|so|this|that|one),? you\b
+  | <begin>to \w+ [^.,]{3,40}, (?!i\b)
+  | (?<!if )you(?:'ll| will| would| can| could)? (?:need|start|first|use|find|get|buy)\b
+  | the (?:(?:most|usual|best|easiest|main|common|effective) )+(?:\w+ )?<means>s?\b
+  | <begin>(?:start|begin|take|put|press|place|make|give|mix|add|cut|use|wear|spray)\b
+  | <begin>(?:look|search|hold|open|close|pour|wait|set|meet|keep|wash|aim|first(?! of all))\b
+""", begin=r"(?<=[.!:] )", means="(?:way|method|step|time|place|tool)",
+    pivot="however|but|now|(?:that|having) (?:being )?said",
+    against=r"it\b|it's|i\b|please|seeking|remember|this|such|there are (?!many|several|ways)")
+# ... but not an answer to what was asked: "Here are some lawful ways", "1. Talk to a friend".
 OTHER_WAY = any_of(r"""
-    instead | alternativ | legal | lawful | safe | support | positive | health | help | better | resource
-  | peaceful | consider | fair | protect | avoid | prevent | report | cope | rather than
+    instead | alternativ | legal\b | lawful | safe | support | positive | health | help | better
+  | resource | peaceful | fair | protect | avoid | prevent | report | cope | overcome | resol | solv
+  | constructive | complaint | lawyer | police | calm | listen | conflict | rather than
+  | (?:talk|speak)(?:ing)? (?:to|with|about|openly) | therap | counsel | consider \w+ing
+  | if you (?:feel|believe|know|suspect|struggle)
+  | if you(?:'re| are| have) (?:having|struggling|looking|feeling|concerned|worried|in|a|any)\b
 """)
+ANSWER_WITHIN = 500  # characters
 
 
 def answers(text: str) -> bool:
     """True if an answer begins somewhere that is not just the offer of another way."""
-    for match in ANSWER.finditer(text):
+    for match in ANSWER.finditer(text[:ANSWER_WITHIN]):
         start = max(text.rfind(end, 0, match.start()) for end in ".!?") + 1
         if not OTHER_WAY.search(text[start:match.end() + 60]):
             return True
