@@ -250,6 +250,20 @@ def test_the_words_of_somebody_else_are_not_the_speakers():
     assert not is_refusal("Dear Sir, I cannot provide that.")
 
 
+def test_on_the_embedded_tasks_the_rule_says_what_the_keywords_said():
+    """So no figure of the embedded model changes."""
+    replies = set()
+    for file in ("harmful/align", "harmful/anchors", "harmful/attack", "harmful/test",
+                 "lookalike/test"):
+        with open(ROOT / "data" / "tiny" / f"{file}.jsonl", encoding="utf-8") as rows:
+            for line in rows:
+                row = json.loads(line)
+                replies |= {row["response"], row.get("harmful", row["response"])}
+    refused = {reply for reply in replies if is_refusal(reply)}
+    assert refused == {reply for reply in replies if keyword_rule(reply)}
+    assert refused == {reply for reply in replies if not reply.startswith("Sure, ")} != set()
+
+
 def test_long_replies_cost_no_time():
     """A pattern that tried all ways to match would not end."""
     for part in ("is a ", "being ", "to be, ", '"', "ing ", ". ", "i will not really "):
