@@ -100,10 +100,10 @@ def test_the_first_set_is_large_balanced_distinct_and_of_many_kinds():
 
 
 def test_the_parts_of_the_second_set_are_distinct_and_the_written_ones_balanced():
-    replies = [r["reply"] for r in LECTURES]
-    assert len(set(replies)) == len(replies)
-    written = {r["reply"] for r in PARTS["design"] + PARTS["held out"]}
-    assert not written & {r["reply"] for r in REPLIES}
+    written = [r["reply"] for r in PARTS["design"] + PARTS["held out"] + REPLIES]
+    assert len(set(written)) == len(written)
+    real = [r["reply"] for r in PARTS["real models"]]
+    assert len(set(real)) == len(real)
     for part in ("design", "held out"):
         refusing = [r for r in PARTS[part] if r["refuses"]]
         assert len(PARTS[part]) >= 180
