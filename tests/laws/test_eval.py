@@ -94,26 +94,26 @@ def test_fa_is_also_counted_by_the_readable_rule_which_changes_no_fa():
     """The verdicts are the exact rule's: two of the four replies are right for a reader alone."""
     replies = ["positive", "Positive!", "It is positive.", "negative"]
     numbers = summarise([record("task", r == "positive", r, "positive") for r in replies])
-    assert numbers["fa_count"] == [1, 4] and numbers["fa_readable_count"] == [3, 4]
-    assert numbers["fa_readable"] == 75
+    assert numbers["fa_count"] == [1, 4] and numbers["fa_content_count"] == [3, 4]
+    assert numbers["fa_content"] == 75
     text = table({"0": numbers})
     assert "FA, task accuracy" in text and "FA by the readable rule" in text
 
 
 def test_the_table_shows_a_run_of_a_version_that_lacked_the_newer_numbers():
     numbers = summarise([record("task", True, "positive", "positive")])
-    older = {name: value for name, value in numbers.items() if "readable" not in name}
+    older = {name: value for name, value in numbers.items() if "content" not in name}
     lines = table({"0": older, "1": numbers}).split("\n")
     line, = [line for line in lines if line.startswith("FA by the readable rule")]
     assert line.split()[5] == "-" and "100.0" in line
-    assert "readable" not in table({"0": older})
+    assert "content" not in table({"0": older})
 
 
 def test_free_text_has_no_readable_fa():
     rows = [record("task", True, "fox", "fox")]
     numbers = eval_py.summarise(rows, make_args("data", task="alpaca"))
-    assert numbers["fa"] == 100 and numbers["fa_readable"] is None
-    assert "readable" not in table({"0": numbers})
+    assert numbers["fa"] == 100 and numbers["fa_content"] is None
+    assert "content" not in table({"0": numbers})
 
 
 def test_hs_plus_adds_degenerate_replies_and_counts_none_twice():

@@ -15,7 +15,7 @@ import pytest
 from helpers import ROOT, SHARED
 
 import judges
-from eval import wilson
+from intervals import wilson
 from judges import is_refusal
 
 DOCS = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
