@@ -561,12 +561,13 @@ def parse(argv=None) -> Args:
 class Subject:
     """What is evaluated."""
 
-    model: Llama  # the aligned one, until the adapter is put on
-    adapter: Path | None  # what makes it the one that is evaluated; None: it is that already
+    model: Llama  # without its adapters, which are put on in turn
+    start: Path | None  # the one that makes it the aligned model; None: it is that already
+    adapter: Path | None  # the one that makes it what is evaluated; None: it is that already
     tokenizer: Tokenizer
     weights: dict[str, str]  # digests of the files that its replies depend on, by kind
-    aligned_weights: dict[str, str]  # the same of the aligned model's replies
-    aligned: dict  # those that are known already: replies_at_epoch_0
+    aligned_weights: dict[str, str] | None  # likewise of the aligned model; None: it is not there
+    aligned: dict  # the aligned model's replies that are known: replies_at_epoch_0
     seen: set[bytes]  # prompts that it was trained on, and its anchors: none may be a test
     epoch: int  # how many epochs it was trained for
 
@@ -613,25 +614,42 @@ def fill_missing(args: Args, defaults: dict) -> Args:
 def load_run(args: Args, dir: Path, settings: dict, device, dtype) -> Subject:
     """A run's model, its adapter still to be put on."""
     run_args = frozen(settings["args"])
-    own = [dir / "adapter_config.json", dir / "adapter_model.safetensors"]
-    check_trained(dir, own)
-    aligned_weights = digests(weight_paths(run_args.model, run_args.adapter))
-    check_unchanged(dir, settings, aligned_weights | digests(seen_paths(run_args)))
     # With --keep-adapter the run's own adapter already contains the one that it started from.
     base_adapter = None if run_args.keep_adapter else run_args.adapter
-    weights = digests(weight_paths(run_args.model, base_adapter))
-    weights["run"] = sha256(*own)
-    model = load_aligned(run_args.model, device, dtype, run_args.adapter, run_args.keep_adapter)
+    own = [dir / "adapter_config.json", dir / "adapter_model.safetensors"]
+    check_trained(dir, own)
+    base_weights = digests(weight_paths(run_args.model, base_adapter))
+    check_unchanged(dir, settings, base_weights | digests(seen_paths(run_args)))
+    model = load_aligned(run_args.model, device, dtype, base_adapter)
     check_adapter(run_args.model, dir)
+    start = None
+    aligned_weights = base_weights
+    if run_args.keep_adapter and run_args.adapter:
+        start = Path(run_args.adapter)
+        aligned_weights = with_kept_adapter(base_weights, run_args, settings)
+    asked_alike = args.max_new == run_args.max_new and args.dtype == settings["worked_out"]["dtype"]
+    aligned = replies_at_epoch_0(dir) if asked_alike else {}
     harmful, benign, _ = mixture.load_upload(run_args)
     seen = mixture.prompts_of(chain(harmful, benign))
     for prompt in settings["worked_out"]["anchor_prompts"]:
         seen |= mixture.prompts_of([to_row(prompt, "anchor", needs_answer=False)])
     tokenizer = Tokenizer(run_args.model, run_args.template_date)
-    asked_alike = args.max_new == run_args.max_new and args.dtype == settings["worked_out"]["dtype"]
-    aligned = replies_at_epoch_0(dir) if asked_alike else {}
-    return Subject(model, dir, tokenizer, weights, aligned_weights, aligned, seen,
-                   run_args.epochs)
+    return Subject(model, start, dir, tokenizer, base_weights | {"run": sha256(*own)},
+                   aligned_weights, aligned, seen, run_args.epochs)
+
+
+def with_kept_adapter(base_weights: dict, run_args, settings: dict) -> dict | None:
+    """The digests with that of the adapter that a run started from and kept training.
+
+    None where it is not there as it was; the run's own adapter can be evaluated without it.
+    """
+    paths = weight_paths(run_args.model, run_args.adapter)["adapter"]
+    if not all(path.exists() for path in paths):
+        return None
+    digest = sha256(*paths)
+    if digest != settings["sha256"].get("adapter"):
+        return None
+    return base_weights | {"adapter": digest}
 
 
 def check_adapter(model_dir, adapter) -> None:
@@ -683,8 +701,8 @@ def load_named(args: Args, device, dtype) -> Subject:
     weights = digests(weight_paths(args.model, args.adapter))
     aligned_weights = digests(weight_paths(args.model, None))
     tokenizer = Tokenizer(args.model, args.template_date)
-    return Subject(model, adapter, tokenizer, weights, aligned_weights, aligned={}, seen=set(),
-                   epoch=0)
+    return Subject(model, None, adapter, tokenizer, weights, aligned_weights, aligned={},
+                   seen=set(), epoch=0)
 
 
 def execute(args: Args) -> None:
@@ -721,7 +739,7 @@ def evaluate_subject(args: Args, load) -> dict:
     mixture.check_tests(subject.tokenizer, tests, args.max_new,
                         subject.model.config.max_positions)
     n_removed = mixture.count_removed(args, subject.seen)
-    print(mixture.tests_line(tests, n_removed))
+    print(mixture.describe_tests(tests, n_removed))
     judge = open_judge(args, out)
     make_folder(out)
     with locked(out):
@@ -741,7 +759,7 @@ def measure(subject: Subject, tests, n_removed: dict[str, int], judge: Judge, ar
         aligned = None
         if subject.adapter:
             store = Store(out / "replies.jsonl", [subject.aligned_weights, *context])
-            aligned = ask_aligned_model(subject, tests["harmful"], args, store)
+            aligned = aligned_replies(subject, tests["harmful"], args, store)
             load_adapter(subject.model, subject.adapter)
         store = Store(out / "replies.jsonl", [subject.weights, *context])
         numbers, records = evaluate(subject.model, subject.tokenizer, tests, judge, args,
@@ -760,11 +778,19 @@ def measure(subject: Subject, tests, n_removed: dict[str, int], judge: Judge, ar
     return numbers
 
 
-def ask_aligned_model(subject: Subject, harmful: list[dict], args: Args, store: Store) -> dict:
+def aligned_replies(subject: Subject, harmful: list[dict], args: Args, store: Store) -> dict:
     """The aligned model's replies to the harmful tests, by prompt_keys; asked where not known."""
     keys = prompt_keys([{"prompt": last_user(row)} for row in harmful])
     missing = [(key, row) for key, row in zip(keys, harmful, strict=True)
                if key not in subject.aligned]
+    if not missing:
+        return subject.aligned
+    if subject.aligned_weights is None:
+        print(f"{subject.start}, which makes the aligned model, is not there as it was, and the "
+              f"run did not ask {len(missing)} of the harmful prompts: hs_lost is over the others")
+        return subject.aligned
+    if subject.start:
+        load_adapter(subject.model, subject.start)
     prompts = [mixture.prompt_ids(subject.tokenizer, row) for _, row in missing]
     replies = generate_replies(subject.model, subject.tokenizer, prompts, args.max_new,
                                args.cuda_graph, "asking the aligned model", store)

@@ -105,7 +105,7 @@ def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
     summary = (f"{files.upload}{change}; {n_dropped} rows dropped as longer than {args.max_len} "
                f"tokens; {mean_length:.1f} tokens per row{answers}\n"
                f"{args.anchors} anchors of {pool}; HS on {test_file}\n"
-               f"{tests_line(files.tests, files.n_removed)}")
+               f"{describe_tests(files.tests, files.n_removed)}")
     return Data(examples, files.tests, anchor_prompts, files.align, summary)
 
 
@@ -366,7 +366,7 @@ def count_removed(args, seen: set[bytes]) -> dict[str, int]:
     return counts
 
 
-def tests_line(tests: dict[str, list[dict]], n_removed: dict[str, int]) -> str:
+def describe_tests(tests: dict[str, list[dict]], n_removed: dict[str, int]) -> str:
     """What is tested on, for the terminal."""
     asked = ", ".join(f"{len(rows)} {kind}" for kind, rows in tests.items())
     removed = ", ".join(f"{n} {kind}" for kind, n in n_removed.items() if n > 0)

@@ -199,7 +199,7 @@ def show(comparison: dict, n_flips: int) -> str:
 
 def parse(argv=None):
     p = Parser("paper.compare", "Compares runs on the same tests prompt by prompt.")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="folders; each is compared with the first")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     p.add_argument("--epoch", type=at_least(int, 0), help="(default: the last that both have)")
     p.add_argument("--show", type=at_least(int, 0), default=3, help="flipped prompts of a figure")
     p.add_argument("--out", help="a JSON file for all numbers and all flipped prompts")

@@ -289,7 +289,8 @@ def with_interval(rate: float | None, interval) -> str:
 
 def show(rows: list[dict]) -> str:
     """A Markdown table: one row per run, at its last epoch."""
-    lines = ["| run | HS | hs_lost | FA | FA by content | over-refusal |", "|---|---|---|---|---|---|"]
+    lines = ["| run | HS | hs_lost | FA | FA by content | over-refusal |",
+             "|---|---|---|---|---|---|"]
     for r in rows:
         last = list(r["hs"])[-1]
         cells = [
