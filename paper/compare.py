@@ -179,7 +179,7 @@ def show(comparison: dict, n_flips: int) -> str:
         n_up = sum(flip["other"] for flip in found["flips"])
         n_down = len(found["flips"]) - n_up
         lines.append(f"{ROWS[figure]:28}{found['first']:8.1f}{found['other']:8.1f}{difference:>28}"
-                     f"   {found['prompts']} prompts, {found['groups']} groups: {n_up} up, "
+                     f"   {found['prompts']} in {found['groups']} groups: {n_up} up, "
                      f"{n_down} down")
     for figure, found in comparison["figures"].items():
         if figure == "hs_lost":  # its flips are among those of hs
