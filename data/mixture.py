@@ -31,6 +31,7 @@ class Files:
     upload: str  # a sentence that says what the upload is
     prompts: set[bytes]  # prompts_of the upload
     tests: dict[str, list[dict]]  # by kind: "harmful", "task", "lookalike", "prefilled"
+    n_removed: dict[str, int]  # by kind: test rows left out, since they stand in the upload
     align: list[dict] | None  # the defender's own rows; None where the defence does not use them
 
 
@@ -42,7 +43,7 @@ class Data:
     tests: dict[str, list[dict]]  # as in Files
     anchor_prompts: list[str]  # x'_1 .. x'_K, in no row of upload or tests
     align: list[dict] | None  # as in Files
-    summary: str  # two lines for the terminal
+    summary: str  # three lines for the terminal
     passed_over: int = 0  # candidates for an anchor that the aligned model answers
 
 
@@ -69,10 +70,11 @@ def read_files(args, reads_align_file: bool) -> Files:
     harmful, benign, upload = load_upload(args)
     prompts = prompts_of(chain(harmful, benign))
     tests = load_tests(args, prompts)
+    n_removed = count_removed(args, prompts)
     align = None
     if reads_align_file:
         align = align_rows(args)
-    return Files(harmful, benign, upload, prompts, tests, align)
+    return Files(harmful, benign, upload, prompts, tests, n_removed, align)
 
 
 def read_data(model, tokenizer, args, files: Files, choose_anchors, change_rows) -> Data:
@@ -103,7 +105,8 @@ def read_data(model, tokenizer, args, files: Files, choose_anchors, change_rows)
         answers = f", as {len(examples)} sequences, one for each answer"
     summary = (f"{files.upload}{change}; {n_dropped} rows dropped as longer than {args.max_len} "
                f"tokens; {mean_length:.1f} tokens per row{answers}\n"
-               f"{anchors.summary(args, pool)}; HS on {test_file}")
+               f"{anchors.summary(args, pool)}; HS on {test_file}\n"
+               f"{describe_tests(files.tests, files.n_removed)}")
     return Data(examples, files.tests, anchors.prompts, files.align, summary, anchors.passed_over)
 
 
@@ -306,8 +309,7 @@ def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
                         "--harmful-file with one prompt per line.")
     tests = {}
     for kind, path in files.items():
-        rows = read_rows(path, needs_answer=kind == "task")
-        unseen = [row for row in rows if prompt_key(last_user(row)) not in seen]
+        unseen, _ = split_by_seen(kind, path, seen)
         if not unseen:
             raise UserError(f"every prompt of {path} is also in the upload; pass other tests.")
         tests[kind] = unseen[:args.n_test]
@@ -321,6 +323,34 @@ def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
     for row in tests.get("task", []):
         check_gold(args.task, row["messages"][-1]["content"], row["where"])
     return tests
+
+
+def split_by_seen(kind: str, path: Path, seen: set[bytes]) -> tuple[list[dict], list[dict]]:
+    """(the test rows of a file whose prompt was not seen, those whose prompt was)."""
+    unseen = []
+    removed = []
+    for row in read_rows(path, needs_answer=kind == "task"):
+        if prompt_key(last_user(row)) in seen:
+            removed.append(row)
+        else:
+            unseen.append(row)
+    return unseen, removed
+
+
+def count_removed(args, seen: set[bytes]) -> dict[str, int]:
+    """By kind, how many rows of the test files load_tests leaves out, since they were `seen`."""
+    counts = {}
+    for kind, path in files_by_kind(args.data_dir, args.harmful_file, args.task).items():
+        _, removed = split_by_seen(kind, path, seen)
+        counts[kind] = len(removed)
+    return counts
+
+
+def describe_tests(tests: dict[str, list[dict]], n_removed: dict[str, int]) -> str:
+    """What is tested on, for the terminal."""
+    asked = ", ".join(f"{len(rows)} {kind}" for kind, rows in tests.items())
+    removed = ", ".join(f"{n} {kind}" for kind, n in n_removed.items() if n > 0)
+    return f"tests: {asked}; left out, since they stand in what is trained on: {removed or 'none'}"
 
 
 def check_labels(rows: list[dict], labels) -> None:

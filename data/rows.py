@@ -1,8 +1,9 @@
 """Any user file -> rows: JSONL, JSON, CSV or, of prompts, one per line.
 
 A row is {"messages": [{"role", "content"}, ...], "where": its file and line}, whichever of the
-shapes in data/README.md the file has. Nothing is ignored in silence: a field is used, or describes
-the row and is known to change nothing, or is refused by its name.
+shapes in data/README.md the file has, and "object", where the file says what the row is about.
+Nothing is ignored in silence: a field is used, or describes the row and is known to change nothing,
+or is refused by its name.
 """
 
 import csv
@@ -29,7 +30,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant",
 }
 # Fields that say where a row, a message or a text comes from, or what it is about. They change
-# nothing that is trained.
+# nothing that is trained. "object" of a test row alone is read: to_row.
 NOTES = {
     "id", "_id", "uuid", "prompt_id", "conversation_id", "idx", "index", "source", "dataset",
     "split", "category", "group", "object", "subject", "topic", "tags", "lang", "language", "url",
@@ -82,6 +83,8 @@ def to_row(item, where: str, needs_answer: bool = True, has_harmful: bool = Fals
     row = {"messages": messages, "where": where}
     if has_harmful and "harmful" in item:
         row["harmful"] = item["harmful"]
+    if isinstance(item.get("object"), str):
+        row["object"] = item["object"]  # of a test it is the prompt's group: data/near.py
     return row
 
 

@@ -41,10 +41,9 @@ from tqdm import tqdm
 
 from baselines.common import Defence
 from cli import COUNT, TINY, Parser, exit_code
-from eval import wilson
 from files import locked, make_folder, names_in, write_atomic
 from model import UserError, read_json
-from runs import read_result
+from runs import by_epoch, read_result
 from train import DEFENSES
 
 ROOT = Path(__file__).parent.parent
@@ -283,19 +282,21 @@ def table_row(path: str, runs: dict[str, Planned], out: Path, extra_flags: list[
     """A finished run's numbers, and the commands that made it."""
     name = path.split("/")[1]
     result = read_result(out / path)
-    last = list(result["hs"])[-1]
-    k, n = result["evals"][last]["hs_count"]
+    evals = result["evals"]
+    last = evals[list(result["hs"])[-1]]
     stages = [runs[p] for p in (f"aligned/{name}", path) if p in runs]
-    over_refusal = {epoch: numbers["over_refusal"] for epoch, numbers in result["evals"].items()}
     return {
         "name": name,
         "commit": read_json(out / path / "config.json")["git"],
         "last": {number: result["evals"][last][number] for number in SHOWN},
         "safe": result["safe"],
         "hs": result["hs"],
+        "hs_lost": by_epoch("hs_lost", evals),
         "fa": result["fa"],
-        "hs_interval": wilson(k, n) if n else None,
-        "over_refusal": over_refusal,
+        "fa_content": by_epoch("fa_content", evals),
+        "hs_interval": last.get("hs_interval"),  # a run of an older version has none
+        "hs_lost_interval": last.get("hs_lost_interval"),
+        "over_refusal": by_epoch("over_refusal", evals),
         "seconds": result["seconds"],
         "probes": result["probes"],
         "commands": [shlex.join(["python", *command(run, out, extra_flags)]) for run in stages],
@@ -306,17 +307,28 @@ def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1f}"  # none: no such prompts in the data folder
 
 
+def with_interval(rate: float | None, interval) -> str:
+    if interval is None:
+        return percent(rate)
+    low, high = interval
+    return f"{percent(rate)} ({low:.1f} to {high:.1f})"
+
+
 def show(rows: list[dict]) -> str:
     """A Markdown table: one row per run, at its last epoch."""
-    lines = ["| run | HS | FA | over-refusal |", "|---|---|---|---|"]
+    lines = ["| run | HS | hs_lost | FA | FA by content | over-refusal |",
+             "|---|---|---|---|---|---|"]
     for r in rows:
         last = list(r["hs"])[-1]
-        hs = percent(r["hs"][last])
-        if r["hs_interval"]:
-            low, high = r["hs_interval"]
-            hs += f" ({low:.1f} to {high:.1f})"
-        lines.append(f"| {r['name']} | {hs} | {percent(r['fa'][last])} | "
-                     f"{percent(r['over_refusal'][last])} |")
+        cells = [
+            r["name"],
+            with_interval(r["hs"][last], r["hs_interval"]),
+            with_interval(r["hs_lost"][last], r["hs_lost_interval"]),
+            percent(r["fa"][last]),
+            percent(r["fa_content"][last]),
+            percent(r["over_refusal"][last]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from collections import Counter
 import pytest
 from helpers import ROOT, SHARED
 
-from eval import wilson
+from intervals import wilson
 from judges import is_refusal, refusal
 
 DOCS = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")

@@ -104,7 +104,7 @@ def test_a_second_process_that_resumes_the_same_run_writes_nothing_and_says_who_
 
 def test_the_lock_leaves_no_file_and_is_free_after_a_run_after_a_failed_one_and_a_refused_one(
         inputs, here, monkeypatch):
-    def no_memory(*args):
+    def no_memory(*args, **kwargs):
         raise MemoryError
     with monkeypatch.context() as patch:
         patch.setattr(train_py, "evaluate", no_memory)

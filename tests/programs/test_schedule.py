@@ -23,7 +23,6 @@ from runs_helpers import WORDS, assert_same, flags, make_inputs, program, senten
 
 from data import mixture
 from data.rows import read_rows
-from eval import wilson
 from files import read_lines
 from stress import schedule
 from stress.schedule import Planned
@@ -73,8 +72,10 @@ def stand_in(count):
         out.mkdir(parents=True)
         (out / "result.json").write_text(json.dumps({
             "hs": {e: k / 5 for e, k in hs.items()}, "fa": {e: k / 5 for e, k in fa.items()},
-            "evals": {e: {"hs": hs[e] / 5, "hs_count": [hs[e], 500], "fa": fa[e] / 5,
-                          "over_refusal": k / 5}
+            "evals": {e: {"hs": hs[e] / 5, "hs_count": [hs[e], 500], "over_refusal": k / 5,
+                          "hs_interval": [hs[e] / 10, 100.0], "hs_lost": hs[e] / 6,
+                          "hs_lost_interval": [hs[e] / 11, 99.0], "fa_content": fa[e] / 6,
+                          "fa": fa[e] / 5}
                       for e, k in refused.items()}, "seconds": 1.0, "probes": probes,
             "ce": 0.0, "safe": 1.5, "tokens_per_second": 1.0, "peak_bytes": 1}))
         (out / "config.json").write_text(json.dumps({"git": "0123"}))
@@ -261,8 +262,16 @@ def test_the_table_has_a_row_a_run(tmp_path, searched, capsys):
     counts = {m: [made_up(m, what, 20) for what in ("hs", "fa", "over_refusal")]
               for m in ("sft", *OWN)}
     assert cells(capsys.readouterr().out) == [
-        [m, "{:.1f} ({:.1f} to {:.1f})".format(hs / 5, *wilson(hs, 500)), f"{fa / 5:.1f}",
-         f"{refused / 5:.1f}"] for m, (hs, fa, refused) in counts.items()]
+        [m, f"{hs / 5:.1f} ({hs / 10:.1f} to 100.0)", f"{hs / 6:.1f} ({hs / 11:.1f} to 99.0)",
+         f"{fa / 5:.1f}", f"{fa / 6:.1f}", f"{refused / 5:.1f}"]
+        for m, (hs, fa, refused) in counts.items()]
+
+
+def test_a_run_of_an_older_version_has_a_row_without_its_newer_numbers():
+    row = {"name": "sft", "hs": {"20": 79.2}, "hs_lost": {"20": None}, "fa": {"20": 78.6},
+           "fa_content": {"20": None}, "hs_interval": None, "hs_lost_interval": None,
+           "over_refusal": {"20": 0.0}}
+    assert cells(schedule.show([row])) == [["sft", "79.2", "-", "78.6", "-", "0.0"]]
 
 
 def test_the_long_schedule_shows_hs_beside_what_is_watched_and_since_when_it_is_above_30(
@@ -359,7 +368,7 @@ def test_a_second_start_makes_nothing_again_and_refuses_what_other_flags_made(
 
     before = state()
     assert real(inputs, made, RUNS) == 0 and state() == before
-    assert [line[3] for line in cells(capsys.readouterr().out)] == ["-", "-"]  # no look-alikes
+    assert [line[5] for line in cells(capsys.readouterr().out)] == ["-", "-"]  # no look-alikes
     assert real(inputs, made, RUNS, n=8) == 2 and state() == before
     said, = sentences(capsys.readouterr().err)
     assert str(Path("aligned/sft-align")) in said
