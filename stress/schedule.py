@@ -54,7 +54,10 @@ VALIDATE = "--seed 100 --epochs 10 --eval-epochs 10 --harmful-file {out}/validat
 N_TABLE_TESTS = 500  # harmful tests that the other lists ask; the search asks those behind them
 REDUCTIONS = ("mean", "sum")  # the readings of lambda: the paper's code, the paper's formula
 # What the tables show of a run's last evaluation.
-SHOWN = {"hs": "HS", "fa": "FA", "over_refusal": "over-refusal"}
+SHOWN = {
+    "hs": "HS", "hs_lost": "hs_lost", "fa": "FA", "fa_content": "FA by content",
+    "over_refusal": "over-refusal",
+}
 SLACK = 3.0  # points of FA that a defence may cost in the search, our choice
 
 # What is searched: the settings that each defence declares, and two controls of the alignment
@@ -288,7 +291,6 @@ def table_row(path: str, runs: dict[str, Planned], out: Path, extra_flags: list[
     return {
         "name": name,
         "commit": read_json(out / path / "config.json")["git"],
-        "last": {number: result["evals"][last][number] for number in SHOWN},
         "safe": result["safe"],
         "hs": result["hs"],
         "hs_lost": by_epoch("hs_lost", evals),
@@ -341,11 +343,16 @@ def show_seeds(rows: list[dict]) -> str:
     lines = [f"| run | HS by seed | {' | '.join(SHOWN.values())} | L_safe |",
              "|---" * (len(SHOWN) + 3) + "|"]
     for setting, its_rows in of_setting.items():
-        by_seed = ", ".join(percent(row["last"]["hs"]) for row in its_rows)
-        means = [over_seeds([row["last"][number] for row in its_rows]) for number in SHOWN]
+        by_seed = ", ".join(percent(at_last(row, "hs")) for row in its_rows)
+        means = [over_seeds([at_last(row, number) for row in its_rows]) for number in SHOWN]
         safe = statistics.fmean(row["safe"] for row in its_rows)
         lines.append(f"| {setting} | {by_seed} | {' | '.join(means)} | {safe:.1e} |")
     return "\n".join(lines)
+
+
+def at_last(row: dict, number: str) -> float | None:
+    """A number of a run's last evaluation."""
+    return list(row[number].values())[-1]
 
 
 def over_seeds(rates: list[float | None]) -> str:
