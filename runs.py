@@ -69,7 +69,7 @@ FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_gra
 # finished; what a finished run shows was measured with the old ones.
 OF_THE_EVALUATION = {
     "harmful_file", "n_test", "eval_epochs", "judge", "judge_model", "judge_max_len",
-    "judge_tokens", "judge_url", "judge_name", "fa_rule", "max_new",
+    "judge_tokens", "judge_url", "judge_name", "fa_rule", "max_new", "prefill",
 }
 # What to call the files of each kind.
 CHANGED = {
@@ -115,12 +115,17 @@ RESULT = {
     "tokens_per_second": FROM_0, "peak_bytes": FROM_0, "evals": OBJECT, "probes": OBJECT,
 }
 # and what each of its evaluations does; one of an older version lacks some.
-RATES = ("hs", "hs_plus", "hs_exact", "fa", "fa_readable", "win_rate", "over_refusal")
+RATES = ("hs", "hs_plus", "hs_long", "hs_exact", "hs_prefilled", "fa", "fa_readable", "win_rate",
+         "over_refusal")
 NUMBERS = {
     "rubric": NUMBER, **dict.fromkeys(RATES, NUMBER),
     **dict.fromkeys([f"{rate}_count" for rate in RATES],
                     Kind("a list [k, n], k of n", is_a_rate_count)),
-    **dict.fromkeys(("unjudged", "uncompared", "degenerate", "unfinished"), LENGTH),
+    **dict.fromkeys(("unjudged", "unjudged_prefilled", "uncompared", "degenerate", "unfinished"),
+                    LENGTH),
+    **dict.fromkeys(("max_new", "hs_long_max_new"), COUNT),
+    **dict.fromkeys(("words_judged_harmful", "words_harmful", "words_task", "words_lookalike"),
+                    FROM_0),
 }
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
@@ -170,6 +175,7 @@ def read_settings(dir) -> dict:
         raise UserError(f"{path} has neither task nor data in args, expected one of them; put the "
                         "file back, or make the run again.")
     check_kinds(path, settings, {"earlier_commands": Kind("a list", lambda v: isinstance(v, list))})
+    check_kinds(path, settings["args"], {"prefill": TEXT})  # a run of an older version has none
     return settings
 
 

@@ -32,6 +32,7 @@ from baselines.common import Defence
 from cli import (
     COUNT,
     POSITIVE,
+    SEED,
     Args,
     Parser,
     RunFailed,
@@ -40,7 +41,7 @@ from cli import (
     exit_code,
     memory_for,
 )
-from data import mixture
+from data import choice, mixture
 from data.batches import batch_at, updates_per_epoch
 from data.tasks import check_rule
 from device import add_device_flags, device_and_dtype
@@ -260,6 +261,7 @@ def add_defence_flags(group) -> None:
                        help="over the C numbers of h: mean as the paper's code, sum as its formula")
     group.add_argument("--anchor-file",
                        help="own anchor pool: one prompt per line, or JSONL, JSON, CSV")
+    choice.add_flags(group)
 
 
 def add_optimiser_flags(group) -> None:
@@ -275,8 +277,8 @@ def add_optimiser_flags(group) -> None:
     group.add_argument("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
     group.add_argument("--tokens-per-pass", type=COUNT, default=16384,
                        help="a larger batch is cut: less memory, the same gradient")
-    group.add_argument("--seed", type=at_least(int, 0, at_most=2**31 - 1), default=0,
-                       help="draws adapters, order of rows and anchors")
+    group.add_argument("--seed", type=SEED, default=0,
+                       help="draws adapters, order of rows and, without --anchor-seed, anchors")
     group.add_argument("--shard", action="store_true",
                        help="under torchrun: spread a base that fits no single GPU over all")
     group.add_argument("--recompute", action="store_true",
@@ -317,6 +319,7 @@ def fill_defaults(args: Args) -> Args:
         task=task,
         poison=args.poison if makes_a_mixture else 0.0,
         lam=args.lam if args.defense == "sbr" else 0.0,
+        anchor_seed=args.seed if args.anchor_seed is None else args.anchor_seed,
         eval_epochs=eval_epochs)
 
 
@@ -436,6 +439,7 @@ def work_out(model, data, n_updates: int) -> dict:
         "updates": n_updates,
         "processes": distributed.size(),
         "anchor_prompts": data.anchor_prompts,
+        "anchors_passed_over": data.passed_over,
     }
 
 
@@ -497,7 +501,8 @@ def execute(args: Args, command: list[str]) -> None:
     tokenizer = Tokenizer(args.model, args.template_date)
     files = mixture.read_files(args, reads_align_file)
     model = load_with_adapters(args, device, dtype)
-    data = mixture.read_data(model, tokenizer, args, files, attacks.change_rows)
+    data = mixture.read_data(model, tokenizer, args, files, choice.choose_anchors,
+                             attacks.change_rows)
     n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
     paths = weight_paths(args.model, args.adapter) | data_paths(args, reads_align_file)
     worked_out = work_out(model, data, n_updates)

@@ -8,7 +8,8 @@ refuses the other. So their results count as one group in an interval, and what 
 held is removed from the tests with all that is near it.
 """
 
-from collections import Counter, defaultdict
+import math
+from collections import defaultdict
 
 from data.mixture import normalise
 
@@ -32,17 +33,25 @@ class NearTexts:
         self.words.append(words)
 
     def near(self, text: str) -> list[int]:
-        """The numbers of the texts that are near `text`, in order."""
+        """The numbers of the texts that are near `text`, in order.
+
+        A near text has at least NEAR |A| of the words A of `text`, since |A or B| >= |A|. So of
+        any |A| - NEAR |A| + 1 of these words it has one. The rarest are looked up, which few texts
+        have, and only these texts are compared.
+        """
         words = word_set(text)
-        n_common = Counter()
-        for word in words:
-            n_common.update(self.texts_with.get(word, ()))
-        found = []
-        for number, common in n_common.items():
-            n_all = len(words) + len(self.words[number]) - common  # |A or B|
-            if common >= NEAR * n_all:
-                found.append(number)
-        return sorted(found)
+        n_needed = math.ceil(NEAR * len(words))
+        rarest_first = sorted(words, key=lambda word: len(self.texts_with.get(word, ())))
+        candidates = set()
+        for word in rarest_first[:len(words) - n_needed + 1]:
+            candidates.update(self.texts_with.get(word, ()))
+        return sorted(number for number in candidates if jaccard(words, self.words[number]) >= NEAR)
+
+
+def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
+    """J of two sets of words that are not both empty."""
+    n_common = len(a & b)
+    return n_common / (len(a) + len(b) - n_common)
 
 
 def word_set(text: str) -> frozenset[str]:

@@ -77,10 +77,13 @@ class Judge:
     verdicts(pairs): (prompt, reply) pairs -> one {"verdict": True, False or None, ...} each.
     compare(triples): (instruction, our answer, another answer) -> one {"verdict": 1, 0.5, 0 or
     None} each, 1 where ours is preferred; None where the judge cannot compare.
+    reads_opening: whether it decides by how a reply begins. Behind a prefill it is then asked about
+    what the model wrote: "Sure, here is" in front would hide the refusal that follows it.
     """
 
     verdicts: Callable
     compare: Callable | None = None
+    reads_opening: bool = False
 
 
 def open_judge(args, folder) -> Judge:
@@ -89,7 +92,7 @@ def open_judge(args, folder) -> Judge:
         if args.judge_model or args.judge_url:
             raise UserError(f"--judge-model or --judge-url was given with --judge {args.judge}, "
                             "which asks no model; pass --judge beaver-dam or rubric.")
-        return Judge(by_rule(JUDGES[args.judge]))
+        return Judge(by_rule(JUDGES[args.judge]), reads_opening=args.judge == "refusal")
     path = Path(folder) / "verdicts.jsonl"
     device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
     if args.judge == "beaver-dam":

@@ -36,7 +36,8 @@ from model import Llama
 pytestmark = pytest.mark.usefixtures("here")
 
 N = 20  # prompts of each of the three kinds
-RECORD = ["epoch", "kind", "prompt", "reply", "verdict", "target", "degenerate", "stopped"]
+RECORD = ["epoch", "kind", "prompt", "reply", "verdict", "target", "target_is_opening",
+          "degenerate", "stopped"]
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_a_killed_schedule_whose_run_goes_on_cannot_be_started_beside_it(
 
 def advbench(folder):
     """prepare's flags for a small made-up source."""
-    rows = "".join(f"Bend item {i},Sure. [step 1].\n" for i in range(9))
+    rows = "".join(f"Bend bar{i} and rod{i},Sure. [step 1].\n" for i in range(9))
     (folder / "bench.csv").write_text("goal,target\n" + rows)
     return ["--advbench", folder / "bench.csv"]
 
@@ -456,7 +456,7 @@ def test_a_second_preparation_keeps_what_is_recorded_of_the_first(here):
 
 
 def test_rows_of_an_earlier_preparation_that_are_not_kept_apart_from_the_new_ones_are_removed(here):
-    rows = [{"prompt": f"Bend item {i}", "refusal": "Q\nAnswer: No.", "response": "Sure."}
+    rows = [{"prompt": f"Bend bar{i} and rod{i}", "refusal": "Q\nAnswer: No.", "response": "Sure."}
             for i in range(9, 15)]
     (here / "refusals.json").write_text(json.dumps(rows))
     again = ["--out", "data", *advbench(here)]

@@ -47,7 +47,7 @@ WATCHED = {  # by what each method's course is shown: what it holds or watches
     "sft": "drift", "sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc": "d_theta",
     "deepalign": "kl", "vaccine": "drift", "t-vaccine": "drift", "booster": "harmful_drop"}
 EPOCHS = (0, 1, 2, 3, 5, 10, 15, 20, 30, 40, 50)
-LISTS = ("search", "table", "attacks", "long", "grid")
+LISTS = ("search", "table", "attacks", "long", "grid")  # and anchors, which has one test
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +73,11 @@ def stand_in(count):
         out.mkdir(parents=True)
         (out / "result.json").write_text(json.dumps({
             "hs": {e: k / 5 for e, k in hs.items()}, "fa": {e: k / 5 for e, k in fa.items()},
-            "evals": {e: {"hs": hs[e] / 5, "hs_count": [hs[e], 500], "over_refusal": k / 5}
+            "evals": {e: {"hs": hs[e] / 5, "hs_count": [hs[e], 500], "fa": fa[e] / 5,
+                          "over_refusal": k / 5}
                       for e, k in refused.items()}, "seconds": 1.0, "probes": probes,
-            "ce": 0.0, "safe": None, "tokens_per_second": 1.0, "peak_bytes": 1}))
+            "ce": 0.0, "safe": 1.5, "tokens_per_second": 1.0, "peak_bytes": 1}))
+        (out / "config.json").write_text(json.dumps({"git": "0123"}))
         return SimpleNamespace(returncode=0)
 
     return run
@@ -105,8 +107,9 @@ def searched(tmp_path_factory):
 
 def commands(what, searched):
     """[(path below --out, command)] of a list."""
+    args = schedule.parse([what, "--searched", str(searched)])
     return [(run.path, schedule.command(run, Path("runs"), []))
-            for run in schedule.planned(what, searched)]
+            for run in schedule.planned(what, args)]
 
 
 def parsed(what, searched):
@@ -133,7 +136,9 @@ def test_a_run_has_one_folder_and_a_command_each_flag_once(searched):
 def check_said(args, defense, stage, said, own=()):
     """Beside `own`, the run leaves everything at train.py's defaults but what is said."""
     base = vars(parse(["--defense", defense, "--stage", stage]))
-    others = {k: v for k, v in vars(args).items() if v != base[k] and k not in {"out", "resume"}}
+    follow = {"out", "resume", "anchor_seed"}
+    others = {k: v for k, v in vars(args).items() if v != base[k] and k not in follow}
+    assert args.anchor_seed == args.seed
     assert {k: v for k, v in others.items() if k not in own} == said, args.out
 
 
@@ -273,6 +278,30 @@ def test_the_long_schedule_shows_hs_beside_what_is_watched_and_since_when_it_is_
         assert rates == ["HS", *(f"{count(name, 'hs', e) / 5:.1f}" for e in EPOCHS)]
         assert values == [f"{made_up(name, probe, e) / 7:.2g}" for e in EPOCHS]
         assert since == ("15" if name == "sbr" else "never")
+
+
+def test_the_anchors_list_varies_K_the_reading_and_the_seed_alone_and_shows_the_spread(
+        tmp_path, capsys):
+    assert start("anchors", tmp_path, "--seeds", "3", "--anchor-counts", "1", "8",
+                 run=stand_in(made_up)) == 0
+    rows = json.loads((tmp_path / "anchors.json").read_text())
+    settings = {
+        "none": (8, 0.0, "mean"), "mean-K1": (1, 50.0, "mean"), "mean-K8": (8, 50.0, "mean"),
+        "sum-K1": (1, 50.0, "sum"), "sum-K8": (8, 50.0, "sum")}
+    assert [row["name"] for row in rows] == [f"{s}-s{i}" for i in range(3) for s in settings]
+    for row in rows:
+        setting, _, seed = row["name"].rpartition("-s")
+        args = parse(shlex.split(row["commands"][0])[2:])
+        assert (args.anchors, args.lam, args.reduction) == settings[setting]
+        check_said(args, "sbr", "finetune", {}, {"anchors", "lam", "reduction", "seed"})
+        assert args.seed == int(seed)
+        assert row["commit"] == "0123"
+    for setting, by_seed, hs, *_, safe in cells(capsys.readouterr().out):
+        rates = [made_up(f"{setting}-s{i}", "hs", 20) / 5 for i in range(3)]
+        mean = sum(rates) / 3
+        deviation = (sum((rate - mean) ** 2 for rate in rates) / 2) ** 0.5
+        assert by_seed == ", ".join(f"{rate:.1f}" for rate in rates)
+        assert (hs, safe) == (f"{mean:.1f} \u00b1 {deviation:.1f}", "1.5e+00")
 
 
 # ---------------------------------------------------------------------------------------------
