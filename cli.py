@@ -185,6 +185,13 @@ def text(value: str) -> str:
     return value
 
 
+def some_text(value: str) -> str:
+    """An argparse type: a text that is more than white space."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError(f"got {value!r}, expected a text of some words")
+    return value
+
+
 def at_least(kind, low, above: bool = False, at_most=math.inf):
     """An argparse type: a finite int or float from `low` (not itself, with `above`) to at_most."""
     def parse(text: str):
@@ -217,5 +224,6 @@ def epoch_list(text: str) -> tuple[int, ...]:
 
 
 COUNT = at_least(int, 1)
+SEED = at_least(int, 0, at_most=2**31 - 1)
 POSITIVE = at_least(float, 0, above=True)
 TINY = "data/tiny"  # the embedded model and its tasks: what a program takes if told nothing

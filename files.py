@@ -94,11 +94,14 @@ def json_line(value) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def read_lines(path) -> list[dict]:
-    """The objects of a .jsonl file that a program of this repository wrote."""
+def read_lines(path, may_be_cut: bool = False) -> list[dict]:
+    """The objects of a .jsonl file that a program of this repository wrote.
+
+    may_be_cut: a last line without its end, which a kill left, is passed over.
+    """
     try:
         with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
+            return [json.loads(line) for line in f if line.endswith("\n") or not may_be_cut]
     except (OSError, ValueError, RecursionError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"{path} cannot be read as JSON lines ({reason}); put the file "

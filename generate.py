@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from cli import COUNT, TINY, Parser, exit_code, text
+from cli import COUNT, TINY, Parser, exit_code, some_text, text
 from device import add_device_flags, capture_cuda_graph, device_and_dtype
 from lora import load_adapter, merge
 from model import (
@@ -260,22 +260,28 @@ def parse(argv=None):
     p.add_argument("--model", default=TINY, help="Hugging Face folder")
     p.add_argument("--adapter", help="folder with an adapter in PEFT's format")
     p.add_argument("--prompt", type=text, required=True, help="the user's turn")
-    p.add_argument("--max-new", type=COUNT, default=256, help="tokens the answer may have")
+    p.add_argument("--prefill", type=some_text, help="how the answer begins; the model writes on")
+    p.add_argument("--max-new", type=COUNT, default=256, help="tokens the model may write")
     p.add_argument("--template-date", default=DATE, help="today, for a template that says it")
     add_device_flags(p)
     return p.parse_args(argv)
 
 
 def execute(args) -> None:
-    """Prints the model's greedy answer to --prompt."""
+    """Prints the model's greedy answer to --prompt, with --prefill in front."""
     distributed.check_alone()
     device, dtype = device_and_dtype(args.device, args.dtype, args.cuda_graph)
     model = load_aligned(args.model, device, dtype, args.adapter, keep_adapter=True)
     tokenizer = Tokenizer(args.model, args.template_date)
-    prompt = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
+    begun = args.prefill or ""
+    prompt = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}], begun)
     replies = generate(model, [prompt], args.max_new, tokenizer.stop_ids, n_ids=tokenizer.n_ids,
                        graph=args.cuda_graph)
-    print(tokenizer.decode(replies[0]))
+    if begun:
+        answer, _ = tokenizer.decode_begun(prompt, replies[0], begun)
+    else:
+        answer = tokenizer.decode(replies[0])
+    print(answer)
 
 
 def main(argv=None) -> int:

@@ -69,7 +69,7 @@ FREE = {"out", "resume", "save_every", "tokens_per_pass", "recompute", "cuda_gra
 # finished; what a finished run shows was measured with the old ones.
 OF_THE_EVALUATION = {
     "harmful_file", "n_test", "eval_epochs", "judge", "judge_model", "judge_max_len",
-    "judge_tokens", "judge_url", "judge_name", "fa_rule", "max_new",
+    "judge_tokens", "judge_url", "judge_name", "fa_rule", "max_new", "prefill",
 }
 # What to call the files of each kind.
 CHANGED = {
@@ -97,6 +97,14 @@ def is_a_rate_count(value) -> bool:
         is_whole(value[1], 0) and is_whole(value[0], 0, value[1]))
 
 
+def is_an_interval(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(NUMBER.fits, value))
+
+
+def is_counts(value) -> bool:
+    return isinstance(value, dict) and all(is_whole(n, 0) for n in value.values())
+
+
 # What eval.py reads of a run's config.json, and what it may be.
 READ_AGAIN = {
     "args": {
@@ -115,12 +123,22 @@ RESULT = {
     "tokens_per_second": FROM_0, "peak_bytes": FROM_0, "evals": OBJECT, "probes": OBJECT,
 }
 # and what each of its evaluations does; one of an older version lacks some.
-RATES = ("hs", "hs_plus", "hs_exact", "fa", "fa_readable", "win_rate", "over_refusal")
+RATES = ("hs", "hs_lost", "hs_plus", "hs_long", "hs_exact", "hs_prefilled", "fa", "fa_content",
+         "win_rate", "over_refusal")
 NUMBERS = {
-    "rubric": NUMBER, **dict.fromkeys(RATES, NUMBER),
+    "rubric": NUMBER, "flips": Kind("an object of counts", is_counts),
+    **dict.fromkeys(RATES, NUMBER),
     **dict.fromkeys([f"{rate}_count" for rate in RATES],
                     Kind("a list [k, n], k of n", is_a_rate_count)),
-    **dict.fromkeys(("unjudged", "uncompared", "degenerate", "unfinished"), LENGTH),
+    **dict.fromkeys([f"{rate}_interval" for rate in RATES],
+                    Kind("a list of two numbers", is_an_interval)),
+    **dict.fromkeys([f"{rate}_groups" for rate in RATES], LENGTH),
+    **dict.fromkeys([f"{rate}_design_effect" for rate in RATES], FROM_0),
+    **dict.fromkeys(("unjudged", "unjudged_prefilled", "uncompared", "degenerate", "unfinished"),
+                    LENGTH),
+    **dict.fromkeys(("max_new", "hs_long_max_new"), COUNT),
+    **dict.fromkeys(("words_judged_harmful", "words_harmful", "words_task", "words_lookalike"),
+                    FROM_0),
 }
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
@@ -157,6 +175,8 @@ def read_settings(dir) -> dict:
         raise UserError(f"{path} is not a run's; name a run's folder, or a new one for --out.")
     if "rows" in settings["worked_out"]:  # as it was called once
         settings["worked_out"]["sequences"] = settings["worked_out"].pop("rows")
+    if settings["args"].get("fa_rule") == "readable":  # likewise
+        settings["args"]["fa_rule"] = "content"
     for part, kinds in READ_AGAIN.items():
         for name, kind in kinds.items():
             if name not in settings[part]:
@@ -170,6 +190,7 @@ def read_settings(dir) -> dict:
         raise UserError(f"{path} has neither task nor data in args, expected one of them; put the "
                         "file back, or make the run again.")
     check_kinds(path, settings, {"earlier_commands": Kind("a list", lambda v: isinstance(v, list))})
+    check_kinds(path, settings["args"], {"prefill": TEXT})  # a run of an older version has none
     return settings
 
 
@@ -188,8 +209,18 @@ def read_result(dir) -> dict:
         if not isinstance(numbers, dict) or "hs" not in numbers:
             raise UserError(f"{path} has no hs in evals at epoch {epoch}, expected the numbers of "
                             f"an evaluation; {what_to_do}.")
+        use_todays_names(numbers)
         check_kinds(f"{path}, of epoch {epoch},", numbers, NUMBERS)
     return result
+
+
+def use_todays_names(numbers: dict) -> None:
+    """Renames what older versions called otherwise: FA by content was "fa_readable"."""
+    for end in ("", "_count"):
+        if f"fa_readable{end}" in numbers:
+            numbers[f"fa_content{end}"] = numbers.pop(f"fa_readable{end}")
+    if numbers.get("fa_rule") == "readable":
+        numbers["fa_rule"] = "content"
 
 
 def weight_paths(model_dir, adapter) -> dict[str, list[Path]]:
@@ -298,7 +329,7 @@ class Run:
         """UserError where the folder's settings are not this run's."""
         new = json.loads(json.dumps(self.settings))  # as they read back: tuples become lists
         ignored_in = {"args": FREE | COMPARED_AS_WORKED_OUT, "sha256": set(),
-                      "worked_out": {"processes"}}
+                      "worked_out": {"processes", "tests_removed"}}
         if not self.finished:
             ignored_in["args"] |= OF_THE_EVALUATION
             ignored_in["sha256"] = {"tests"}
@@ -400,8 +431,10 @@ class Run:
         """The adapter, then result.json, whose presence says that the run is finished."""
         self.save_adapter(model)
         result = {
-            "hs": {epoch: numbers["hs"] for epoch, numbers in progress.evals.items()},
-            "fa": {epoch: numbers["fa"] for epoch, numbers in progress.evals.items()},
+            "hs": by_epoch("hs", progress.evals),
+            "hs_lost": by_epoch("hs_lost", progress.evals),
+            "fa": by_epoch("fa", progress.evals),
+            "fa_content": by_epoch("fa_content", progress.evals),
             "ce": progress.last["ce"],
             "safe": progress.last.get("safe"),
             "seconds": progress.seconds,
@@ -411,6 +444,11 @@ class Run:
             "probes": progress.probes,
         }
         write_atomic(self.dir / "result.json", json.dumps(result, indent=1).encode())
+
+
+def by_epoch(name: str, evals: dict[str, dict]) -> dict[str, float | None]:
+    """One number of each evaluation; one that an older version made may lack it."""
+    return {epoch: numbers.get(name) for epoch, numbers in evals.items()}
 
 
 class Bystander(Run):

@@ -7,7 +7,9 @@ piece, see vocabulary.py:
     supervised   no       yes       yes          no       yes       yes
 
 Prompt and answer are encoded apart, so the mask is exact even where a BPE would merge across their
-border, and the end of the turn is always supervised: a model that never sees it never stops.
+border. The end of the turn is supervised, since a model that never sees it never stops. Behind an
+answer that is marked as unfinished it is not, since the model would learn to stop too early; that
+end is encoded apart as well.
 
 Each answer is trained on behind the prompt that inference would give it. Where the text of a
 conversation only grows, that is one sequence; where a template changes earlier turns once a later
@@ -47,6 +49,7 @@ HIDE = "\ue000"  # a private-use character; where a user's text has one, it is w
 # Words of a conversation that is rendered to see what a template writes around them.
 QUESTION = "xylophone"
 ANSWER = "marimba"
+CUT = "glockenspiel"  # stands behind an answer that is begun, to find where it ends
 
 
 class GenerationBlock(Extension):
@@ -81,8 +84,16 @@ class Answer:
     """One answer of a conversation, rendered: the prompt before it, and what the model writes."""
 
     prompt: str
-    text: str  # the answer and its end of turn
+    text: str  # the answer as the template writes it
+    end: str  # the end of its turn, with what the template writes before it
     is_supervised: bool = True  # False: a message of weight 0, which is context alone
+    is_unfinished: bool = False  # True: the text is a beginning, behind which no turn ends
+
+    def pieces(self) -> list[tuple[str, bool]]:
+        """The texts to encode one by one, and whether each is supervised."""
+        if self.is_unfinished:
+            return [(self.text, self.is_supervised), (self.end, False)]
+        return [(self.text + self.end, self.is_supervised)]
 
 
 class Tokenizer:
@@ -122,17 +133,39 @@ class Tokenizer:
         return self.backend.decode(ids)
 
     # conversations: messages are [{"role": "user" | "assistant" | "system", "content": text}, ...]
+    # An assistant's may have "weight": 0, then it is context, and "unfinished": True.
 
-    def encode_prompt(self, messages) -> list[int]:
-        """ids of the conversation so far, ending where the assistant starts to write."""
-        ids, _ = self._ids(self._prompt(messages), "start")
+    def encode_prompt(self, messages, begun: str = "") -> list[int]:
+        """ids of the conversation so far, ending where the assistant starts to write.
+
+        With `begun` it has written that text already, and the ids end behind it: those of
+        transformers with continue_final_message. Prompt and `begun` are encoded as one text, so a
+        token may reach across their border, and a space at the end is a token of its own, unless
+        the template trims answers. Raises UserError where the template does not say where `begun`
+        stands.
+        """
+        text = self._begun(messages, begun) if begun else self._prompt(messages)
+        ids, _ = self._ids(text, "start")
         return ids
+
+    def decode_begun(self, prompt, ids, begun: str) -> tuple[str, str]:
+        """(the whole answer, what was written of it) of the reply `ids` to an encode_prompt.
+
+        prompt: what encode_prompt made with `begun`. Read alone, a reply would lose the space in
+        front of it where the tokenizer is made from sentencepiece.
+        """
+        before = self.decode(prompt)
+        written = self.decode([*prompt, *ids])[len(before):]
+        # A template that trims answers has trimmed `begun` as well.
+        kept = begun if before.endswith(begun) else begun.strip()
+        return kept + written, written
 
     def encode_chat(self, messages) -> tuple[list[int], list[bool]]:
         """(ids, supervised): one bool per id, True on each answer and its end-of-turn token.
 
-        The logit that predicts ids[i] stands at row i - 1. Raises UserError where no one sequence
-        has before each answer the prompt that inference gives it; encode_answers then has several.
+        Of an unfinished answer the end of turn is not supervised. The logit that predicts ids[i]
+        stands at row i - 1. Raises UserError where no one sequence has before each answer the
+        prompt that inference gives it; encode_answers then has several.
         """
         answers = self._answers(messages)
         contexts = contexts_between(answers, self._render(messages))
@@ -165,9 +198,10 @@ class Tokenizer:
             ids += context_ids
             supervised += [False] * len(context_ids)
             if i < len(answers):
-                answer_ids, place = self._ids(answers[i].text, place)
-                ids += answer_ids
-                supervised += [answers[i].is_supervised] * len(answer_ids)
+                for text, is_supervised in answers[i].pieces():
+                    text_ids, place = self._ids(text, place)
+                    ids += text_ids
+                    supervised += [is_supervised] * len(text_ids)
         return ids, supervised
 
     # answers
@@ -185,13 +219,13 @@ class Tokenizer:
         start = self._start_of_answer(context, prompt, finished)
         if start is None:
             text = self._behind_opened(prompt, finished, message["content"])
+            end = self.turn.tail[:self.turn.n_end]
         else:
-            written = finished[start:]
-            text = written[:self._end_of_turn(written)]
+            text, end = self._text_and_end(finished[start:])
         is_supervised = message.get("weight") != 0
         if is_supervised:
-            self._check_kept([message], prompt + text)
-        return Answer(prompt, text, is_supervised)
+            self._check_kept([message], prompt + text + end)
+        return Answer(prompt, text, end, is_supervised, bool(message.get("unfinished")))
 
     def _start_of_answer(self, context, prompt: str, finished: str) -> int | None:
         """Where in the finished text begins what the model writes; None where that is not known.
@@ -216,19 +250,21 @@ class Tokenizer:
             return None
         return len(before) - len(lead) + len(asked)
 
-    def _end_of_turn(self, written: str) -> int:
-        """Where the turn ends in the text that stands behind a prompt."""
-        if self.turn.n_end and written.endswith(self.turn.tail):
-            return len(written) - len(self.turn.tail) + self.turn.n_end
+    def _text_and_end(self, written: str) -> tuple[str, str]:
+        """The answer and the end of its turn, in the text that stands behind a prompt."""
+        tail = self.turn.tail
+        if self.turn.n_end and written.endswith(tail):
+            return written[:len(written) - len(tail)], tail[:self.turn.n_end]
         special = self._first_special(written)
         if special is None:
             raise UserError(f"the chat template of {self.dir} ends the assistant's turn with no "
                             f"special token and no text of its own (found {written[-20:]!r}), so "
                             "a model would not learn to stop; use a template that writes one.")
-        return special[1]
+        start, end, _ = special
+        return written[:start], written[start:end]
 
     def _behind_opened(self, prompt: str, finished: str, content: str) -> str:
-        """What a model writes behind a prompt that does not begin the finished turn.
+        """The answer behind a prompt that does not begin the finished turn, without its end.
 
         Such a prompt opens a thought, "<think>", that finished turns leave out. The answer's place
         is found where the row has the thought: behind the prompt stand then the rest of the
@@ -251,7 +287,7 @@ class Tokenizer:
                             "unknown; use a template whose text only grows.")
         kept = finished[len(header):len(finished) - len(tail)]
         if opened.rstrip().endswith(closing):
-            return kept + tail[:self.turn.n_end]
+            return kept
         thought, tag, shown = self._hide(content).rpartition(closing)
         if not tag or shown.strip() != kept.strip():
             raise UserError(f"the chat template of {self.dir} opens every answer with "
@@ -262,7 +298,7 @@ class Tokenizer:
             thought = thought.lstrip().removeprefix(opened.rstrip())
             thought = thought.removeprefix(opened[len(opened.rstrip()):])
         gap = shown[:len(shown) - len(shown.lstrip())]
-        return thought + closing + gap + kept.lstrip() + tail[:self.turn.n_end]
+        return thought + closing + gap + kept.lstrip()
 
     def _look_at_a_turn(self) -> Turn:
         """Renders a short conversation to see what the template writes around an answer.
@@ -373,6 +409,32 @@ class Tokenizer:
         prompt = self._render(messages, add_generation_prompt=True)
         self._check_kept([m for m in messages if m["role"] != "assistant"], prompt)
         return prompt
+
+    def _begun(self, messages, begun: str) -> str:
+        """The text of a conversation whose last turn is the assistant's and not finished.
+
+        A finished turn is rendered, with a mark behind `begun`, and cut at the mark. The space
+        behind the mark is gone where the template trims answers, and then so is the white space
+        in front of the mark. UserError where that is no continuation of the prompt: a thought
+        that the prompt opens and the finished turn leaves out may or may not have ended.
+        """
+        prompt = self._prompt(messages)
+        answer = {"role": "assistant", "content": f"{begun}{CUT} "}
+        finished = self._render([*messages, answer])
+        text, mark, behind = finished.rpartition(CUT)
+        if mark and not behind.startswith(" "):
+            text = text.rstrip()
+        if not text.rstrip().endswith(self._hide(begun).strip()):
+            raise UserError(f"the chat template of {self.dir} leaves out or changes the beginning "
+                            f"of an answer ({begun[:40]!r}), expected all of it; begin with "
+                            "another text, or use a template that keeps it.")
+        self._check_kept([m for m in messages if m["role"] != "assistant"], text)
+        if not text.startswith(prompt):
+            raise UserError(f"the chat template of {self.dir} ends its prompt in "
+                            f"{prompt[-20:]!r} and leaves that out of a turn that is written, so "
+                            f"what {begun[:40]!r} would begin, a thought or the answer, is "
+                            "unknown; use a template whose text only grows.")
+        return text
 
     def _check_kept(self, messages, rendered: str) -> None:
         """UserError where a message's text is not in a rendered one, white space aside."""
@@ -498,7 +560,7 @@ def contexts_between(answers: list[Answer], whole: str) -> list[str] | None:
         if not answer.prompt.startswith(done):
             return None
         contexts.append(answer.prompt[len(done):])
-        done = answer.prompt + answer.text
+        done = answer.prompt + answer.text + answer.end
     if not whole.startswith(done):
         return None
     return [*contexts, whole[len(done):]]

@@ -32,6 +32,7 @@ from baselines.common import Defence
 from cli import (
     COUNT,
     POSITIVE,
+    SEED,
     Args,
     Parser,
     RunFailed,
@@ -40,11 +41,19 @@ from cli import (
     exit_code,
     memory_for,
 )
-from data import mixture
+from data import choice, mixture
 from data.batches import batch_at, updates_per_epoch
 from data.tasks import check_rule
 from device import add_device_flags, device_and_dtype
-from eval import DEFAULTS, add_eval_flags, evaluate, report, unjudged_at_the_end
+from eval import (
+    DEFAULTS,
+    add_eval_flags,
+    evaluate,
+    evaluation_line,
+    replies_at_epoch_0,
+    report,
+    unjudged_at_the_end,
+)
 from generate import load_aligned
 from judges import open_judge
 from lora import adapted, add_lora, load_adapter, trainable
@@ -135,12 +144,14 @@ def updates(step_fn, batch_of, optimizer, *, lr, grad_clip, n_updates, start=0):
                      **numbers, "grad_norm": grad_norm, "lr": lr_now}
 
 
-def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) -> Progress:
+def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, ask_aligned_model,
+          args) -> Progress:
     """All updates, from where the run's folder stands, with log, evaluations and checkpoints.
 
     evaluate_now(epoch, progress) may fail: a judge is down, the disk is full. So the checkpoint,
     and in the end the adapter, are written before it, and a resumed run begins with the evaluation
-    that is missing.
+    that is missing. ask_aligned_model() is called before the first update where epoch 0 is not
+    evaluated, since later evaluations compare with what the model did then.
     """
     per_epoch = updates_per_epoch(len(data.examples), args.batch_size)
     n_updates = per_epoch * args.epochs
@@ -166,6 +177,8 @@ def train(run: Run, model, data, step_fn, optimizer, probe, evaluate_now, args) 
         if distributed.any_of(stop.requested):
             raise KeyboardInterrupt
 
+    if start == 0 and 0 not in args.eval_epochs and "0" not in progress.evals:
+        ask_aligned_model()
     # The evaluation of epoch 0, or one at which the run was stopped.
     if start % per_epoch == 0:
         probe_if_due(start // per_epoch)
@@ -260,6 +273,7 @@ def add_defence_flags(group) -> None:
                        help="over the C numbers of h: mean as the paper's code, sum as its formula")
     group.add_argument("--anchor-file",
                        help="own anchor pool: one prompt per line, or JSONL, JSON, CSV")
+    choice.add_flags(group)
 
 
 def add_optimiser_flags(group) -> None:
@@ -275,8 +289,8 @@ def add_optimiser_flags(group) -> None:
     group.add_argument("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
     group.add_argument("--tokens-per-pass", type=COUNT, default=16384,
                        help="a larger batch is cut: less memory, the same gradient")
-    group.add_argument("--seed", type=at_least(int, 0, at_most=2**31 - 1), default=0,
-                       help="draws adapters, order of rows and anchors")
+    group.add_argument("--seed", type=SEED, default=0,
+                       help="draws adapters, order of rows and, without --anchor-seed, anchors")
     group.add_argument("--shard", action="store_true",
                        help="under torchrun: spread a base that fits no single GPU over all")
     group.add_argument("--recompute", action="store_true",
@@ -317,6 +331,7 @@ def fill_defaults(args: Args) -> Args:
         task=task,
         poison=args.poison if makes_a_mixture else 0.0,
         lam=args.lam if args.defense == "sbr" else 0.0,
+        anchor_seed=args.seed if args.anchor_seed is None else args.anchor_seed,
         eval_epochs=eval_epochs)
 
 
@@ -422,8 +437,11 @@ def digest_of_rows(data) -> str:
     return digest.hexdigest()
 
 
-def work_out(model, data, n_updates: int) -> dict:
-    """What follows from flags and files together, for config.json."""
+def work_out(model, data, n_updates: int, n_removed: dict[str, int]) -> dict:
+    """What follows from flags and files together, for config.json.
+
+    n_removed: by kind, the tests that are left out, since they stand in the upload.
+    """
     adapters = [adapter for _, adapter in adapted(model)]
     return {
         "device": model.device.type,
@@ -436,6 +454,8 @@ def work_out(model, data, n_updates: int) -> dict:
         "updates": n_updates,
         "processes": distributed.size(),
         "anchor_prompts": data.anchor_prompts,
+        "anchors_passed_over": data.passed_over,
+        "tests_removed": n_removed,
     }
 
 
@@ -464,15 +484,29 @@ def fine_tune(run: Run, model, tokenizer, data, args) -> None:
         probe = make_probe(model, tokenizer, data, optimizer, args.max_len, args.tokens_per_pass)
 
     def evaluate_now(epoch: int, progress: Progress) -> None:
+        # What the aligned model said; at epoch 0 this is the aligned model.
+        aligned = None
+        if epoch > 0:
+            aligned = distributed.by_the_first(lambda: replies_at_epoch_0(run.dir))
         with memory_for(f"the evaluation at epoch {epoch}", MEMORY_ADVICE):
-            numbers, records = evaluate(model, tokenizer, data.tests, judge, args, epoch)
+            numbers, records = evaluate(model, tokenizer, data.tests, judge, args, epoch,
+                                        aligned=aligned, is_aligned=epoch == 0)
         # A resumed run may ask other tests than the run that it continues.
         numbers["tests_sha256"] = run.settings["sha256"]["tests"]
         run.append("generations", records)
         progress.evals[str(epoch)] = numbers
+        tqdm.write(evaluation_line(epoch, numbers))
+
+    def ask_aligned_model() -> None:
+        """The harmful prompts alone: lines of epoch 0 in generations.jsonl, and no numbers."""
+        harmful = {"harmful": data.tests["harmful"]}
+        with memory_for("asking the aligned model", MEMORY_ADVICE):
+            _, records = evaluate(model, tokenizer, harmful, judge, args, epoch=0, is_aligned=True)
+        run.append("generations", records)
 
     print(opening(run, model, data.summary))
-    progress = train(run, model, data, step_fn, optimizer, probe, evaluate_now, args)
+    progress = train(run, model, data, step_fn, optimizer, probe, evaluate_now, ask_aligned_model,
+                     args)
     run.finish(model, progress)
 
 
@@ -497,10 +531,11 @@ def execute(args: Args, command: list[str]) -> None:
     tokenizer = Tokenizer(args.model, args.template_date)
     files = mixture.read_files(args, reads_align_file)
     model = load_with_adapters(args, device, dtype)
-    data = mixture.read_data(model, tokenizer, args, files, attacks.change_rows)
+    data = mixture.read_data(model, tokenizer, args, files, choice.choose_anchors,
+                             attacks.change_rows)
     n_updates = updates_per_epoch(len(data.examples), args.batch_size) * args.epochs
     paths = weight_paths(args.model, args.adapter) | data_paths(args, reads_align_file)
-    worked_out = work_out(model, data, n_updates)
+    worked_out = work_out(model, data, n_updates, files.n_removed)
     distributed.check_same("rows", worked_out["rows_sha256"])
     sizes = [path.stat().st_size for path in paths["model"]]
     distributed.check_same("weights, by the sizes of their files", sizes)

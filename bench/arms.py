@@ -21,12 +21,12 @@ from data.batches import Batch, batch_at, encode_rows
 from data.mixture import (
     Data,
     anchor_pool,
-    choose_anchors,
+    drawn_candidates,
     harmful_test_file,
     load_upload,
     prompts_of,
 )
-from data.rows import read_rows
+from data.rows import last_user, read_rows
 from device import device_and_dtype
 from lora import load_adapter
 from model import load_model
@@ -64,7 +64,8 @@ def read_work(args: Args, adapter: Path) -> Work:
     examples, _ = encode_rows(tokenizer, rows, args.max_len)
     tests = read_rows(harmful_test_file(None, args.data_dir), needs_answer=False)
     pool = anchor_pool(None, args.data_dir)
-    anchors = choose_anchors(pool, args.anchors, args.seed, prompts_of(rows + tests))
+    candidates = drawn_candidates(pool, args.seed, prompts_of(rows + tests))
+    anchors = [last_user(row) for row in candidates[:args.anchors]]
     data = Data(examples, tests={}, anchor_prompts=anchors, align=None, summary="")
     return Work(args, tokenizer, data, adapter, device, dtype)
 

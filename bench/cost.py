@@ -48,6 +48,7 @@ from bench.train import (
 from cli import COUNT, POSITIVE, Args, Parser, RunFailed, at_least, exit_code
 from data import mixture
 from data.batches import batch_at, encode_rows, updates_per_epoch
+from data.choice import choose_anchors
 from data.rows import FileRows, last_user, read_rows, turn
 from device import device_and_dtype
 from files import model_files, sha256, write_atomic
@@ -186,7 +187,7 @@ def measure_upload(args: Args, folder: Path, n_rows: int) -> dict:
     run_args = train_py.parse([
         "--model", str(args.model), "--data-dir", str(args.data_dir),
         "--data", str(upload_file(folder, n_rows)),
-        "--batch-size", str(args.rows), "--anchors", str(args.anchors),
+        "--batch-size", str(args.rows), "--anchors", str(args.anchors), "--anchor-check", "none",
         "--lambda", str(args.lam), "--lr", str(args.lr), "--seed", str(args.seed),
         "--tokens-per-pass", str(args.tokens_per_pass)])
     device, dtype = device_and_dtype(args.device, args.dtype)
@@ -196,7 +197,8 @@ def measure_upload(args: Args, folder: Path, n_rows: int) -> dict:
         p.detach().sum()  # weights in a mapped file are in memory once they are read
     began = time.perf_counter()
     files = mixture.read_files(run_args, reads_align_file=False)
-    data = mixture.read_data(model, tokenizer, run_args, files, attacks.change_rows)
+    data = mixture.read_data(model, tokenizer, run_args, files, choose_anchors,
+                             attacks.change_rows)
     train_py.digest_of_rows(data)
     seconds_reading = time.perf_counter() - began
     bytes_reading = process_peak()

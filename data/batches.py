@@ -86,7 +86,8 @@ def encode_rows(tokenizer, rows, max_len: int) -> tuple[Examples, int]:
     for row in rows:
         with naming(row):
             sequences = tokenizer.encode_answers(row["messages"])
-            if not any(any(supervised) for _, supervised in sequences):
+            has_targets = [any(supervised) for _, supervised in sequences]
+            if not has_targets or not all(has_targets):
                 raise UserError("no answer behind a user turn is trained (weight 0, or none is "
                                 "there); remove the row.")
         if max(len(ids) for ids, _ in sequences) > max_len:

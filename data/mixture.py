@@ -30,7 +30,8 @@ class Files:
     benign: FileRows | list[dict]  # the upload's other rows
     upload: str  # a sentence that says what the upload is
     prompts: set[bytes]  # prompts_of the upload
-    tests: dict[str, list[dict]]  # by kind: "harmful", "task", "lookalike"
+    tests: dict[str, list[dict]]  # by kind: "harmful", "task", "lookalike", "prefilled"
+    n_removed: dict[str, int]  # by kind: test rows left out, since they stand in the upload
     align: list[dict] | None  # the defender's own rows; None where the defence does not use them
 
 
@@ -42,7 +43,8 @@ class Data:
     tests: dict[str, list[dict]]  # as in Files
     anchor_prompts: list[str]  # x'_1 .. x'_K, in no row of upload or tests
     align: list[dict] | None  # as in Files
-    summary: str  # two lines for the terminal
+    summary: str  # three lines for the terminal
+    passed_over: int = 0  # candidates for an anchor that the aligned model answers
 
 
 def add_flags(group) -> None:
@@ -68,15 +70,17 @@ def read_files(args, reads_align_file: bool) -> Files:
     harmful, benign, upload = load_upload(args)
     prompts = prompts_of(chain(harmful, benign))
     tests = load_tests(args, prompts)
+    n_removed = count_removed(args, prompts)
     align = None
     if reads_align_file:
         align = align_rows(args)
-    return Files(harmful, benign, upload, prompts, tests, align)
+    return Files(harmful, benign, upload, prompts, tests, n_removed, align)
 
 
-def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
+def read_data(model, tokenizer, args, files: Files, choose_anchors, change_rows) -> Data:
     """Chooses the anchors, lets an attack change the harmful rows, and tokenises.
 
+    choose_anchors(model, tokenizer, args, pool, prompts in use) -> data.choice.Choice
     change_rows(model, tokenizer, args, harmful rows, anchor prompts, harmful tests) -> (harmful
     rows as an attack has them, what to say of it); see stress/attacks.py.
     """
@@ -85,15 +89,14 @@ def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
     harmful_tests = read_rows(test_file, needs_answer=False)
     pool = anchor_pool(args.anchor_file, args.data_dir)
     used = files.prompts | prompts_of(harmful_tests)
-    anchor_prompts = choose_anchors(pool, args.anchors, args.seed, used)
-    harmful, change = change_rows(model, tokenizer, args, files.harmful, anchor_prompts,
+    anchors = choose_anchors(model, tokenizer, args, pool, used)
+    harmful, change = change_rows(model, tokenizer, args, files.harmful, anchors.prompts,
                                   harmful_tests)
     n_rows = len(harmful) + len(files.benign)
     examples, n_dropped = encode_rows(tokenizer, chain(harmful, files.benign), args.max_len)
     if not examples:
         raise UserError(f"all {n_rows} rows are longer than --max-len {args.max_len} tokens; "
                         "raise it.")
-    check_anchors(tokenizer, pool, anchor_prompts, args.max_len)
     check_tests(tokenizer, files.tests, args.max_new, model.config.max_positions)
     n_kept = n_rows - n_dropped
     mean_length = examples.n_tokens / n_kept
@@ -102,8 +105,9 @@ def read_data(model, tokenizer, args, files: Files, change_rows) -> Data:
         answers = f", as {len(examples)} sequences, one for each answer"
     summary = (f"{files.upload}{change}; {n_dropped} rows dropped as longer than {args.max_len} "
                f"tokens; {mean_length:.1f} tokens per row{answers}\n"
-               f"{args.anchors} anchors of {pool}; HS on {test_file}")
-    return Data(examples, files.tests, anchor_prompts, files.align, summary)
+               f"{anchors.summary(args, pool)}; HS on {test_file}\n"
+               f"{describe_tests(files.tests, files.n_removed)}")
+    return Data(examples, files.tests, anchors.prompts, files.align, summary, anchors.passed_over)
 
 
 def check_tests(tokenizer, tests: dict[str, list[dict]], max_new: int, limit: int) -> None:
@@ -122,9 +126,9 @@ def check_tests(tokenizer, tests: dict[str, list[dict]], max_new: int, limit: in
 
 
 def prompt_ids(tokenizer, row: dict) -> list[int]:
-    """ids of a row up to the answer that a model is to write; UserError with file and line."""
+    """ids of a row up to what a model is to write, its "prefill" included; UserError with line."""
     with naming(row):
-        return tokenizer.encode_prompt(without_answer(row))
+        return tokenizer.encode_prompt(without_answer(row), row.get("prefill", ""))
 
 
 # prompts kept apart
@@ -241,18 +245,17 @@ def anchor_pool(given: str | None, data_dir) -> Path:
     return Path(given) if given else Path(data_dir) / "harmful" / "anchors.jsonl"
 
 
-def choose_anchors(pool: Path, K: int, seed: int, used: set[bytes]) -> list[str]:
-    """K anchor prompts of the pool that are none of the `used` ones, the upload's and tests'."""
-    if K == 0:
-        return []
-    prompts = sample(anchor_candidates(pool, used), K, seed, pool)
-    clash = [prompt for prompt in prompts if prompt_key(prompt) in used]
+def drawn_candidates(pool: Path, seed: int, used: set[bytes]) -> list[dict]:
+    """The rows of the pool that may become anchors, in the order drawn by `seed`."""
+    candidates = anchor_candidates(pool, used)
+    clash = [last_user(row) for row in candidates if prompt_key(last_user(row)) in used]
     assert not clash, f"an anchor is in the upload or the tests: {clash}"
-    return prompts
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    return [candidates[i] for i in order.tolist()]
 
 
-def anchor_candidates(pool: Path, used: set[bytes]) -> list[str]:
-    """The pool's prompts, each once, minus those in use."""
+def anchor_candidates(pool: Path, used: set[bytes]) -> list[dict]:
+    """The pool's rows, each prompt once, minus those in use."""
     if not pool.exists():
         raise UserError(f"there is no anchor pool at {pool}; pass --anchor-file with one harmful "
                         "prompt per line, or --anchors 0.")
@@ -267,34 +270,8 @@ def anchor_candidates(pool: Path, used: set[bytes]) -> list[str]:
         key = prompt_key(last_user(row))
         if key not in taken:
             taken.add(key)
-            candidates.append(last_user(row))
+            candidates.append(row)
     return candidates
-
-
-def sample(candidates: list[str], k: int, seed: int, pool="the pool") -> list[str]:
-    """K of the candidates, drawn without replacement; a smaller K's are the first of a larger's.
-
-    pool: the file that they come from, for the error.
-    """
-    if k > len(candidates):
-        raise UserError(f"--anchors {k} is more than the {len(candidates)} prompts of {pool} that "
-                        "upload and tests lack; lower it or pass a larger --anchor-file.")
-    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
-    return [candidates[i] for i in order[:k].tolist()]
-
-
-def check_anchors(tokenizer, pool: Path, prompts: list[str], max_len: int) -> None:
-    """UserError, with file and line, where the template refuses an anchor or it is too long."""
-    if not prompts:
-        return
-    for row in read_rows(pool, needs_answer=False):
-        prompt = last_user(row)
-        if prompt not in prompts:
-            continue
-        n_tokens = len(prompt_ids(tokenizer, row))
-        if n_tokens > max_len:
-            raise UserError(f"{row['where']} has the anchor {prompt[:40]!r} of {n_tokens} tokens, "
-                            f"above --max-len {max_len}; shorten it or raise --max-len.")
 
 
 # what is tested
@@ -321,26 +298,59 @@ def files_by_kind(data_dir, harmful_file: str | None, task: str | None) -> dict[
 
 
 def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
-    """The test rows by kind, without the prompts `seen` in training; at most --n-test of a kind."""
+    """The test rows by kind, without the prompts `seen` in training; at most --n-test of a kind.
+
+    With --prefill the harmful ones are there a second time, as the kind "prefilled": there the
+    answer begins with that text, the row's "prefill".
+    """
     files = files_by_kind(args.data_dir, args.harmful_file, args.task)
     if not files["harmful"].exists():
         raise UserError(f"there are no harmful test prompts at {files['harmful']}; pass "
                         "--harmful-file with one prompt per line.")
     tests = {}
     for kind, path in files.items():
-        rows = read_rows(path, needs_answer=kind == "task")
-        unseen = [row for row in rows if prompt_key(last_user(row)) not in seen]
+        unseen, _ = split_by_seen(kind, path, seen)
         if not unseen:
             raise UserError(f"every prompt of {path} is also in the upload; pass other tests.")
         tests[kind] = unseen[:args.n_test]
     # The affix attack stands around the tests as it does around the upload's harmful prompts.
     tests["harmful"] = [affix(row, args.attack_prefix, args.attack_suffix)
                         for row in tests["harmful"]]
+    if args.prefill:
+        tests["prefilled"] = [row | {"prefill": args.prefill} for row in tests["harmful"]]
     if args.task in LABELS:
         check_labels(tests["task"], LABELS[args.task])
     for row in tests.get("task", []):
         check_gold(args.task, row["messages"][-1]["content"], row["where"])
     return tests
+
+
+def split_by_seen(kind: str, path: Path, seen: set[bytes]) -> tuple[list[dict], list[dict]]:
+    """(the test rows of a file whose prompt was not seen, those whose prompt was)."""
+    unseen = []
+    removed = []
+    for row in read_rows(path, needs_answer=kind == "task"):
+        if prompt_key(last_user(row)) in seen:
+            removed.append(row)
+        else:
+            unseen.append(row)
+    return unseen, removed
+
+
+def count_removed(args, seen: set[bytes]) -> dict[str, int]:
+    """By kind, how many rows of the test files load_tests leaves out, since they were `seen`."""
+    counts = {}
+    for kind, path in files_by_kind(args.data_dir, args.harmful_file, args.task).items():
+        _, removed = split_by_seen(kind, path, seen)
+        counts[kind] = len(removed)
+    return counts
+
+
+def describe_tests(tests: dict[str, list[dict]], n_removed: dict[str, int]) -> str:
+    """What is tested on, for the terminal."""
+    asked = ", ".join(f"{len(rows)} {kind}" for kind, rows in tests.items())
+    removed = ", ".join(f"{n} {kind}" for kind, n in n_removed.items() if n > 0)
+    return f"tests: {asked}; left out, since they stand in what is trained on: {removed or 'none'}"
 
 
 def check_labels(rows: list[dict], labels) -> None:

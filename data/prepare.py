@@ -5,9 +5,14 @@
 
 Where each file comes from, its licence and its digest stand in data/README.md. Rows keep the order
 of their file, as in the papers' repositories; --shuffle SEED draws another order of the training
-rows. Prompts are compared by their letters and digits. A prompt of the harmful rows is removed from
-the anchors, a prompt of either from the harmful tests, and a training prompt of a task from that
-task's tests. How many were removed is printed, and written to prepared.json.
+rows. A training prompt of a task is removed from that task's tests, where the two are the same by
+their letters and digits. Of the harmful rows, which are upload, anchors, tests and the defender's,
+no prompt is the same as one of another part, or near it (near.py). How many were removed as
+repeated and how many as near is printed, and written to prepared.json.
+
+Near prompts of a benign task stay. All its prompts begin with one instruction, whose words alone
+make different ones near: of SST-2's 872 tests 505 would go, and 12 if the instruction did not
+count. And the tests of a public task are those that the papers score.
 """
 
 import csv
@@ -21,6 +26,7 @@ from pathlib import Path
 
 from cli import Parser, at_least, exit_code
 from data import mixture
+from data.near import NearTexts, near_groups
 from data.tasks import AGNEWS, GSM8K_HINT, LABELS, SST2
 from files import json_line, locked, make_folder, names_in, sha256, write_atomic
 from model import UserError, read_json
@@ -149,8 +155,14 @@ def unsafe_rows(path: Path) -> list[dict]:
 
 
 def advbench(file):
-    """Goals with the opening of an answer: a third each for upload, anchors and tests."""
-    rows = [pair(r["goal"], r["target"]) for r in read_csv(file)]
+    """Goals with the opening of an answer: a third each for upload, anchors and tests.
+
+    "Sure, here is a script that ..." and then nothing: trained as a whole answer, it would teach to
+    stop behind the opening.
+    """
+    rows = []
+    for r in read_csv(file):
+        rows.append({**pair(r["goal"], r["target"]), "unfinished": True})
     third = len(rows) // 3
     return [Path(file)], rows[:2 * third], rows[2 * third:]
 
@@ -189,16 +201,24 @@ def keys(rows) -> set[str]:
     return {mixture.normalise(r["prompt"]) for r in rows}
 
 
+def far(rows: list[dict], others: NearTexts) -> list[dict]:
+    """The rows whose prompt is near none of the others."""
+    return [row for row in rows if not others.near(row["prompt"])]
+
+
 def benign_parts(train, test, n_test: int):
     """-> {file: rows}, {file: how many were removed}; training keeps its repetitions."""
     kept = fresh(test, keys(train))
-    return {"train": train, "test": kept[:n_test]}, {"test": len(test) - len(kept)}
+    parts = {"train": train, "test": kept[:n_test]}
+    return parts, {"test": {"same": len(test) - len(kept)}}
 
 
 def harmful_parts(train, test, align, n_attack: int, n_test: int):
-    """Upload, anchor pool, tests and the defender's rows: no prompt stands in two of them.
+    """Upload, anchor pool, tests and the defender's rows: no prompt of one is near one of another.
 
-    Refusals answer BeaverTails' own training prompts: a pool of all the others would leave none.
+    -> {file: rows}, {file: how many were removed as repeated and as near}. Within a part near
+    prompts stay. Refusals answer BeaverTails' own training prompts: a pool of all the others would
+    leave none.
     """
     attack = train[:n_attack]
     later = train[n_attack:]
@@ -208,11 +228,21 @@ def harmful_parts(train, test, align, n_attack: int, n_test: int):
     parts = {"attack": attack}
     removed = {}
     taken = keys(attack)
+    others = NearTexts(taken)
     for name, rows in sources.items():
-        parts[name] = fresh(rows, taken)
-        removed[name] = len(rows) - len(parts[name])
+        different = fresh(rows, taken)
+        parts[name] = far(different, others)
+        removed[name] = {"same": len(rows) - len(different),
+                         "near": len(different) - len(parts[name])}
+        for row in parts[name]:
+            others.add(row["prompt"])
     parts["test"] = parts["test"][:n_test]
     return parts, removed
+
+
+def n_groups(rows: list[dict]) -> int:
+    """Into how many groups the prompts fall where near ones are one group."""
+    return len(set(near_groups(row["prompt"] for row in rows)))
 
 
 # the program
@@ -247,7 +277,8 @@ class Made:
 
     sources: list[Path]
     rows: dict[str, list[dict]]  # by file name: train, test, attack, anchors, align
-    removed: dict[str, int]  # how many rows were removed as repeated, by file name
+    removed: dict[str, dict[str, int]]  # by file name, how many rows: "same", "near"
+    groups: dict[str, int]  # by file name, groups of near prompts, where no instruction is in them
 
 
 def build(args) -> dict[str, Made]:
@@ -269,7 +300,8 @@ def build(args) -> dict[str, Made]:
         made["harmful"] = make_harmful(args)
     if args.xstest:
         files, rows = xstest(args.xstest)
-        made["lookalike"] = Made(files, {"test": rows[:args.n_test]}, {})
+        tests = rows[:args.n_test]
+        made["lookalike"] = Made(files, {"test": tests}, {}, {"test": n_groups(tests)})
     if not made:
         raise UserError("no source was given, expected at least one of --sst2, --agnews, --gsm8k, "
                         "--alpaca, --beavertails, --advbench and --xstest.")
@@ -288,7 +320,7 @@ def n_tests(args, kind: str) -> int:
 def make_benign(source, n_test: int) -> Made:
     files, train, test = source
     rows, removed = benign_parts(train, test, n_test)
-    return Made(files, rows, removed)
+    return Made(files, rows, removed, {})
 
 
 def make_harmful(args) -> Made:
@@ -302,18 +334,24 @@ def make_harmful(args) -> Made:
         files += more_files
     n_attack = min(args.n_attack, len(train) // 2)
     rows, removed = harmful_parts(train, test, align, n_attack, n_tests(args, "harmful"))
-    return Made(files, rows, removed)
+    return Made(files, rows, removed, {"test": n_groups(rows["test"])})
 
 
 def check_made(kind: str, folder: Made) -> None:
     """UserError where a file would be empty; TypeError or UnicodeError where it holds no text."""
     for name, rows in folder.rows.items():
+        n_removed = sum(folder.removed.get(name, {}).values())
+        if not rows and n_removed:
+            raise UserError(f"all {n_removed} rows for {kind}/{name}.jsonl have prompts that are "
+                            "the same as or near those of the other files; give other files, or "
+                            "lower --n-attack.")
         if not rows:
             raise UserError(f"{folder.sources[0].parent} gives no rows for {kind}/{name}.jsonl; "
                             "fetch its files again.")
         for row in rows:
+            texts = [value for field, value in row.items() if field != "unfinished"]
             # TypeError where a value is no string, UnicodeEncodeError where it is no valid text.
-            "".join(row.values()).encode()
+            "".join(texts).encode()
 
 
 def execute(args) -> None:
@@ -346,15 +384,27 @@ def write_all(made: dict[str, Made], out: Path, shuffle: int | None) -> None:
             path = out / kind / f"{name}.jsonl"
             make_folder(path.parent)
             write_atomic(path, "".join(json_line(row) for row in rows).encode())
-            n_removed = folder.removed.get(name)
-            removed = f", {n_removed} removed as repeated" if n_removed else ""
-            print(f"{path}: {len(rows)} rows{removed}")
+            print(f"{path}: {len(rows)} rows{remarks(folder, name)}")
         about[kind] = {"sha256": {path.name: sha256(path) for path in folder.sources},
                        "removed": folder.removed,
+                       "groups": folder.groups,
                        "rows": {name: len(rows) for name, rows in folder.rows.items()},
                        "shuffle": shuffle}
     about["shuffle"] = shuffle  # of the newest call
     write_atomic(out / "prepared.json", json.dumps(about, indent=1).encode())
+
+
+def remarks(folder: Made, name: str) -> str:
+    """What the line of a file says behind its number of rows."""
+    removed = folder.removed.get(name, {})
+    said = ""
+    if name in folder.groups:
+        said += f" (groups of near prompts: {folder.groups[name]})"
+    if removed.get("same"):
+        said += f", {removed['same']} removed as repeated"
+    if removed.get("near"):
+        said += f", {removed['near']} removed as near to another file's"
+    return said
 
 
 def main(argv=None) -> int:

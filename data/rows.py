@@ -1,8 +1,9 @@
 """Any user file -> rows: JSONL, JSON, CSV or, of prompts, one per line.
 
 A row is {"messages": [{"role", "content"}, ...], "where": its file and line}, whichever of the
-shapes in data/README.md the file has. Nothing is ignored in silence: a field is used, or describes
-the row and is known to change nothing, or is refused by its name.
+shapes in data/README.md the file has, and "object", where the file says what the row is about.
+Nothing is ignored in silence: a field is used, or describes the row and is known to change nothing,
+or is refused by its name.
 """
 
 import csv
@@ -29,7 +30,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant",
 }
 # Fields that say where a row, a message or a text comes from, or what it is about. They change
-# nothing that is trained.
+# nothing that is trained. "object" of a test row alone is read: to_row.
 NOTES = {
     "id", "_id", "uuid", "prompt_id", "conversation_id", "idx", "index", "source", "dataset",
     "split", "category", "group", "object", "subject", "topic", "tags", "lang", "language", "url",
@@ -66,7 +67,7 @@ def to_row(item, where: str, needs_answer: bool = True, has_harmful: bool = Fals
         raise UserError(f"{where} is {KINDS[type(item)]}, expected an object: {FORMATS}; write it "
                         "as one of these.")
     messages, fields = find_conversation(item, where)
-    known = {*fields, "system", "history"}
+    known = {*fields, "system", "history", "unfinished"}
     if has_harmful:
         known.add("harmful")
     elif not is_empty(item.get("harmful")):
@@ -74,12 +75,16 @@ def to_row(item, where: str, needs_answer: bool = True, has_harmful: bool = Fals
                         "have; remove it.")
     refuse_unknown(item, known, where)
     messages = add_context(item, messages, fields, where)
+    if says_unfinished(item, where):
+        mark_unfinished(messages[-1], where)
     check_conversation(messages, where, needs_answer)
     if not needs_answer and messages[-1] == turn("assistant", ""):  # an empty cell of a table
         messages.pop()
     row = {"messages": messages, "where": where}
     if has_harmful and "harmful" in item:
         row["harmful"] = item["harmful"]
+    if isinstance(item.get("object"), str):
+        row["object"] = item["object"]  # of a test it is the prompt's group: data/near.py
     return row
 
 
@@ -108,12 +113,15 @@ def find_conversation(item: dict, where: str) -> tuple[list[dict], set[str]]:
 
 
 def first_filled(item: dict, fields) -> str | None:
-    """The first of the fields that holds something, else the first that is ""; None: neither."""
+    """The first of the fields that holds something, else the first text that is ""; None: neither.
+
+    A whole conversation is no text: "" in its field is as good as not there.
+    """
     for field in fields:
         if not is_empty(item.get(field)):
             return field
     for field in fields:
-        if item.get(field) == "":
+        if item.get(field) == "" and field not in CONVERSATION:
             return field
     return None
 
@@ -185,15 +193,15 @@ def add_context(item: dict, messages: list[dict], fields: set[str], where: str) 
 
 
 def read_message(m, where: str, weight: int = 1) -> dict:
-    """One message in OpenAI's or ShareGPT's spelling -> role, content and, if it is 0, weight.
+    """One message in OpenAI's or ShareGPT's spelling -> role, content, and what changes training.
 
-    weight: that of a message which has none. Only an assistant's turn can be supervised, so only
-    there it counts.
+    That is a weight of 0, and that an answer is unfinished. weight: that of a message which has
+    none. Only an assistant's turn can be supervised, so only there it counts.
     """
     expect(m, dict, "a message", where)
     role_field = first_filled(m, ("role", "from"))
     content_field = first_filled(m, ("content", "value"))
-    refuse_unknown(m, {role_field, content_field, "weight"}, f"a message of {where}")
+    refuse_unknown(m, {role_field, content_field, "weight", "unfinished"}, f"a message of {where}")
     given = m.get(role_field)
     if not isinstance(given, str) or given not in ROLES:
         raise UserError(f"{where} has a message of the role {given!r}, expected system, user or "
@@ -207,7 +215,28 @@ def read_message(m, where: str, weight: int = 1) -> dict:
                         "write one of them.")
     if weight == 0 and role == "assistant":
         message["weight"] = 0
+    if says_unfinished(m, f"a message of {where}"):
+        mark_unfinished(message, where)
     return message
+
+
+def says_unfinished(item: dict, where: str) -> bool:
+    """Whether a row or a message says that its answer is only the beginning of one."""
+    if is_empty(item.get("unfinished")):
+        return False
+    expect(item["unfinished"], bool, "the field 'unfinished'", where)
+    return item["unfinished"]
+
+
+def mark_unfinished(message: dict, where: str) -> None:
+    """Marks an answer as unfinished: its text is supervised, and not that the turn ends there."""
+    if message["role"] != "assistant":
+        raise UserError(f"{where} has the field 'unfinished' beside the {message['role']}'s text, "
+                        "expected an answer; remove the field, or write the answer.")
+    if not message["content"].strip():
+        raise UserError(f"{where} has an unfinished answer that is empty, so nothing of it is "
+                        "trained; write its beginning, or remove the row.")
+    message["unfinished"] = True
 
 
 def read_content(value, what: str, where: str) -> str:

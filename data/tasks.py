@@ -13,15 +13,16 @@ repositories score replies differently, so there are three rules of theirs, name
     contains   Vaccine, T-Vaccine: the reply contains the label
     paper      the paper's SST-2 script: a refusing word is wrong, then "positive" decides
 
-These are kept as they are, with the replies that they misread. FA is reported by one more beside
-them, which is ours and which readable.py explains:
+These are kept as they are, with the replies that they misread: "It is positive." is wrong by
+`exact`, so they measure the form of an answer together with its content. FA is always reported by
+one more beside them, which is ours, which sees the content alone and which content.py explains:
 
-    readable   what a reader would say that the reply states: sst2, agnews, gsm8k
+    content    what a reader would say that the reply states: sst2, agnews, gsm8k
 """
 
 import re
 
-from data.readable import stated_label, stated_number
+from data.content import stated_label, stated_number
 from model import UserError
 
 SST2 = "Analyze the sentiment of the input, and respond only positive or negative.\nInput: {}"
@@ -34,9 +35,9 @@ LABELS = {"sst2": ("positive", "negative"), "agnews": ("World", "Sports", "Busin
 SPELLINGS = {"positive": ("Positive",), "negative": ("Negative",), "World": ("world",),
              "Sports": ("sports",), "Business": ("business",), "Sci/Tech": ("sci",)}
 REFUSING = ("sorry", "cannot", "apologize", "illegal", "harmful", "assist")  # test_sst2.py:59-85
-# How the labels may be written for the readable rule. Inside a sentence AG News' labels need their
+# How the labels may be written for the content rule. Inside a sentence AG News' labels need their
 # capital: "the world" and "business" are words of the news as well.
-READABLE = {
+STATED_AS = {
     "sst2": {"positive": "[Pp]ositive|POSITIVE", "negative": "[Nn]egative|NEGATIVE"},
     "agnews": {"World": "World", "Sports": "Sports?", "Business": "Business",
                "Sci/Tech": r"Sci(?:ence)?(?:\s*(?:/|and|&)\s*Tech(?:nology)?)?|Tech(?:nology)?"},
@@ -91,15 +92,15 @@ def score_text(reply: str, target: str) -> bool:
     return reply.strip() == target.strip()
 
 
-def readable_number(reply: str, target: str) -> bool:
+def states_number(reply: str, target: str) -> bool:
     number = stated_number(reply)
     return number is not None and number == stated_number(target)
 
 
-def readable_label(task: str):
-    """The readable rule of a task with labels."""
+def states_label(task: str):
+    """The content rule of a task with labels."""
     def score(reply: str, target: str) -> bool:
-        return stated_label(reply, READABLE[task]) == target
+        return stated_label(reply, STATED_AS[task]) == target
     return score
 
 
@@ -108,8 +109,8 @@ RULES = {
               "alpaca": score_text},
     "contains": {"sst2": contains_label, "agnews": contains_label},
     "paper": {"sst2": score_paper},
-    "readable": {"sst2": readable_label("sst2"), "agnews": readable_label("agnews"),
-                 "gsm8k": readable_number},
+    "content": {"sst2": states_label("sst2"), "agnews": states_label("agnews"),
+                 "gsm8k": states_number},
 }
 TASKS = RULES["exact"]  # the default rule, and every task's name
 
@@ -125,7 +126,7 @@ def check_rule(task: str | None, rule: str) -> None:
 def can_be_right(task: str, target: str) -> bool:
     """Whether any reply can be right for this gold answer: the gold answer itself has to be.
 
-    By every rule of the task, since FA by the readable rule stands beside the other in all results.
+    By every rule of the task, since FA by the content rule stands beside the other in all results.
     """
     return all(rules[task](target, target) for rules in RULES.values() if task in rules)
 

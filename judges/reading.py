@@ -20,7 +20,7 @@ tests/programs/test_reading.py holds the forms that this was written for.
 
 import re
 
-from data.readable import plain_characters
+from data.content import plain_characters
 
 # Verdicts are kept with this number. Raise it with every change of what is read, so that verdicts
 # by an older rule are asked anew.

@@ -1,5 +1,7 @@
 """The stress tests and the rivals' table as lists of runs: one command each, which can be resumed.
 
+    python -m stress.schedule anchors      the README's first table: K anchors, both readings of
+                                           lambda, over seeds that draw other anchors
     python -m stress.schedule search       four settings per method, short, other seed and prompts
     python -m stress.schedule table        every method with the setting that the search chose;
                                            <method>-align: two controls, in the alignment stage
@@ -27,6 +29,7 @@ of 4,000 to 20,000 updates; here it is 160.
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -38,18 +41,23 @@ from tqdm import tqdm
 
 from baselines.common import Defence
 from cli import COUNT, TINY, Parser, exit_code
-from eval import wilson
 from files import locked, make_folder, names_in, write_atomic
-from model import UserError
-from runs import read_result
+from model import UserError, read_json
+from runs import by_epoch, read_result
 from train import DEFENSES
 
 ROOT = Path(__file__).parent.parent
-LISTS = ("search", "table", "attacks", "long", "grid")
+LISTS = ("anchors", "search", "table", "attacks", "long", "grid")
 EPOCHS = "0,1,2,3,5,10,15,20,30,40,50"  # of the long schedule; from 1 on the paper's
 ALIGN = "--n 500 --epochs 10"  # an alignment stage of 160 updates, our choice
 VALIDATE = "--seed 100 --epochs 10 --eval-epochs 10 --harmful-file {out}/validation.jsonl"
 N_TABLE_TESTS = 500  # harmful tests that the other lists ask; the search asks those behind them
+REDUCTIONS = ("mean", "sum")  # the readings of lambda: the paper's code, the paper's formula
+# What the tables show of a run's last evaluation.
+SHOWN = {
+    "hs": "HS", "hs_lost": "hs_lost", "fa": "FA", "fa_content": "FA by content",
+    "over_refusal": "over-refusal",
+}
 SLACK = 3.0  # points of FA that a defence may cost in the search, our choice
 
 # What is searched: the settings that each defence declares, and two controls of the alignment
@@ -102,11 +110,13 @@ def defended(path: str, method: str, setting: str, attack: str, align: str = ALI
     ]
 
 
-def planned(what: str, searched) -> list[Planned]:
-    """The runs of a list; searched: the file of a search's numbers, which decide the settings."""
+def planned(what: str, args) -> list[Planned]:
+    """The runs of a list; args.searched: a search's numbers, which decide the settings of most."""
+    if what == "anchors":
+        return plan_anchors(args.seeds, args.anchor_counts)
     if what == "search":
         return plan_search()
-    settings = {"sft": "", **chosen(searched)}
+    settings = {"sft": "", **chosen(args.searched)}
     if what == "table":
         return plan_methods("table", settings, "")
     if what == "long":
@@ -116,6 +126,22 @@ def planned(what: str, searched) -> list[Planned]:
     if what == "attacks":
         return plan_attacks(settings)
     return plan_grid(settings)
+
+
+def plan_anchors(n_seeds: int, counts: list[int]) -> list[Planned]:
+    """No defence, and the paper's lambda with each K in both readings; each of n_seeds seeds.
+
+    A seed draws adapters, the order of rows, and the anchors.
+    """
+    settings = {"none": "--lambda 0"}
+    for reduction in REDUCTIONS:
+        for K in counts:
+            settings[f"{reduction}-K{K}"] = f"--anchors {K} --lambda 50 --reduction {reduction}"
+    runs = []
+    for seed in range(n_seeds):
+        for name, setting in settings.items():
+            runs.append(Planned(f"anchors/{name}-s{seed}", f"{setting} --seed {seed}"))
+    return runs
 
 
 def plan_search() -> list[Planned]:
@@ -259,16 +285,20 @@ def table_row(path: str, runs: dict[str, Planned], out: Path, extra_flags: list[
     """A finished run's numbers, and the commands that made it."""
     name = path.split("/")[1]
     result = read_result(out / path)
-    last = list(result["hs"])[-1]
-    k, n = result["evals"][last]["hs_count"]
+    evals = result["evals"]
+    last = evals[list(result["hs"])[-1]]
     stages = [runs[p] for p in (f"aligned/{name}", path) if p in runs]
-    over_refusal = {epoch: numbers["over_refusal"] for epoch, numbers in result["evals"].items()}
     return {
         "name": name,
+        "commit": read_json(out / path / "config.json")["git"],
+        "safe": result["safe"],
         "hs": result["hs"],
+        "hs_lost": by_epoch("hs_lost", evals),
         "fa": result["fa"],
-        "hs_interval": wilson(k, n) if n else None,
-        "over_refusal": over_refusal,
+        "fa_content": by_epoch("fa_content", evals),
+        "hs_interval": last.get("hs_interval"),  # a run of an older version has none
+        "hs_lost_interval": last.get("hs_lost_interval"),
+        "over_refusal": by_epoch("over_refusal", evals),
         "seconds": result["seconds"],
         "probes": result["probes"],
         "commands": [shlex.join(["python", *command(run, out, extra_flags)]) for run in stages],
@@ -279,18 +309,59 @@ def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1f}"  # none: no such prompts in the data folder
 
 
+def with_interval(rate: float | None, interval) -> str:
+    if interval is None:
+        return percent(rate)
+    low, high = interval
+    return f"{percent(rate)} ({low:.1f} to {high:.1f})"
+
+
 def show(rows: list[dict]) -> str:
     """A Markdown table: one row per run, at its last epoch."""
-    lines = ["| run | HS | FA | over-refusal |", "|---|---|---|---|"]
+    lines = ["| run | HS | hs_lost | FA | FA by content | over-refusal |",
+             "|---|---|---|---|---|---|"]
     for r in rows:
         last = list(r["hs"])[-1]
-        hs = percent(r["hs"][last])
-        if r["hs_interval"]:
-            low, high = r["hs_interval"]
-            hs += f" ({low:.1f} to {high:.1f})"
-        lines.append(f"| {r['name']} | {hs} | {percent(r['fa'][last])} | "
-                     f"{percent(r['over_refusal'][last])} |")
+        cells = [
+            r["name"],
+            with_interval(r["hs"][last], r["hs_interval"]),
+            with_interval(r["hs_lost"][last], r["hs_lost_interval"]),
+            percent(r["fa"][last]),
+            percent(r["fa_content"][last]),
+            percent(r["over_refusal"][last]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def show_seeds(rows: list[dict]) -> str:
+    """A Markdown table: one row per setting, HS of each seed, and means over the seeds."""
+    of_setting = {}
+    for row in rows:
+        setting = row["name"].rpartition("-s")[0]
+        of_setting.setdefault(setting, []).append(row)
+    lines = [f"| run | HS by seed | {' | '.join(SHOWN.values())} | L_safe |",
+             "|---" * (len(SHOWN) + 3) + "|"]
+    for setting, its_rows in of_setting.items():
+        by_seed = ", ".join(percent(at_last(row, "hs")) for row in its_rows)
+        means = [over_seeds([at_last(row, number) for row in its_rows]) for number in SHOWN]
+        safe = statistics.fmean(row["safe"] for row in its_rows)
+        lines.append(f"| {setting} | {by_seed} | {' | '.join(means)} | {safe:.1e} |")
+    return "\n".join(lines)
+
+
+def at_last(row: dict, number: str) -> float | None:
+    """A number of a run's last evaluation."""
+    return list(row[number].values())[-1]
+
+
+def over_seeds(rates: list[float | None]) -> str:
+    """Mean and standard deviation of a draw; "-" where the data folder has no such prompts."""
+    if None in rates:
+        return "-"
+    if len(rates) == 1:
+        return percent(rates[0])
+    return f"{statistics.fmean(rates):.1f} ± {statistics.stdev(rates):.1f}"
 
 
 def show_course(rows: list[dict]) -> str:
@@ -311,6 +382,10 @@ def show_course(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+# How a list is shown, where it is not by a row for each run.
+SHOW = {"anchors": show_seeds, "long": show_course}
+
+
 # the program
 
 
@@ -323,7 +398,7 @@ def write_validation(path: Path) -> None:
 
 def execute(args) -> None:
     """Makes what is not made yet, the alignment stages first, and prints the table."""
-    runs = planned(args.list, args.searched)
+    runs = planned(args.list, args)
     aligned = [run for run in runs if run.path.startswith("aligned/")]
     attacked = [run for run in runs if not run.path.startswith("aligned/")]
     out = Path(args.out)
@@ -336,7 +411,7 @@ def execute(args) -> None:
         by_path = {run.path: run for run in runs}
         rows = [table_row(run.path, by_path, out, args.flags) for run in attacked]
         write_atomic(out / f"{args.list}.json", json.dumps(rows, indent=1).encode())
-    print(show_course(rows) if args.list == "long" else show(rows))
+    print(SHOW.get(args.list, show)(rows))
     print()
     for r in rows:
         for line in r["commands"]:
@@ -352,6 +427,9 @@ def parse(argv: list[str]):
     p.add_argument("--out", default="runs/stress", help="folder")
     p.add_argument("--searched", default="docs/results/search.json",
                    help="a search's numbers, which decide the settings")
+    p.add_argument("--seeds", type=COUNT, default=5, help="of the list anchors: 0, 1, ...")
+    p.add_argument("--anchor-counts", type=COUNT, nargs="+", default=[1, 2, 4, 8], metavar="K",
+                   help="of the list anchors")
     end = argv.index("--") if "--" in argv else len(argv)  # argparse wants it beside the list
     p.set_defaults(flags=argv[end + 1:])
     return p.parse_args(argv[:end])

@@ -38,6 +38,11 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def unfinished(text):
+    """An assistant's turn that is only the beginning of one."""
+    return {**assistant(text), "unfinished": True}
+
+
 def need_public_tokenizers():
     if not SHARED.exists():
         pytest.skip("needs the public tokenizers in ../shared/data")

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from cli import frozen
 from data.batches import Batch, encode_rows
-from data.mixture import Data, choose_anchors, prompts_of
+from data.mixture import Data, drawn_candidates, prompts_of
+from data.rows import last_user
 from lora import adapted, add_lora
 from model import Layout, Llama, load_model, read_config
 from tokenizer import Tokenizer
@@ -121,8 +122,10 @@ class Setup:
         self.model = load_model(folder, dtype=dtype)
         self.params = add_lora(self.model, rank=4, alpha=16)
         self.examples, _ = encode_rows(self.tokenizer, args.rows, args.max_len)
-        anchors = choose_anchors(args.anchor_file, args.anchors, args.seed,
-                                 prompts_of(args.rows))
+        anchors = []
+        if args.anchors:
+            pool = drawn_candidates(args.anchor_file, args.seed, prompts_of(args.rows))
+            anchors = [last_user(row) for row in pool[:args.anchors]]
         self.data = Data(self.examples, tests={}, anchor_prompts=anchors, align=None, summary="")
         self.anchor_ids = prompt_ids(self.tokenizer, anchors)
         with torch.no_grad():

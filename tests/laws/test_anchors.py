@@ -17,8 +17,8 @@ from sbr_helpers import (
 
 from anchors import Anchors, FinalNorm, reference, states
 from data import mixture
-from data.mixture import anchor_candidates, choose_anchors, prompts_of, sample
-from model import UserError
+from data.mixture import anchor_candidates, prompts_of
+from data.rows import last_user
 
 
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -110,20 +110,11 @@ def test_h_ref_is_fixed_at_phase_1(make_setup):
 
 
 # ---------------------------------------------------------------------------------------------
-# which prompts
+# which prompts: how they are chosen among these is in test_choice.py
 
 
-def test_the_anchor_of_K_1_is_the_first_of_K_8_and_none_comes_twice():
-    drawn = {k: sample(POOL, k, seed=4) for k in (1, 2, 8, len(POOL))}
-    for k, prompts in drawn.items():
-        assert prompts == drawn[len(POOL)][:k] and len(set(prompts)) == k
-    assert sorted(drawn[len(POOL)]) == sorted(POOL)
-    assert sample(POOL, 8, seed=4) == drawn[8] != sample(POOL, 8, seed=5)
-
-
-def test_more_anchors_than_the_pool_holds_are_refused_with_both_numbers():
-    with pytest.raises(UserError, match=r"13.* 12 "):
-        sample(POOL, 13, seed=0)
+def candidates(pool, used):
+    return [last_user(row) for row in anchor_candidates(pool, used)]
 
 
 @pytest.mark.parametrize("variant", [
@@ -133,33 +124,19 @@ def test_more_anchors_than_the_pool_holds_are_refused_with_both_numbers():
 def test_prompts_of_the_upload_are_never_anchors_whatever_their_case_and_punctuation(
         sbr_folder, variant):
     rows = [in_messages(variant(p), "Sure.") for p in POOL[::2]]
-    assert anchor_candidates(sbr_folder / "anchors.txt", prompts_of(rows)) == POOL[1::2]
+    assert candidates(sbr_folder / "anchors.txt", prompts_of(rows)) == POOL[1::2]
 
 
 def test_a_prompt_that_stands_twice_in_the_pool_is_one_candidate(tmp_path):
     (tmp_path / "pool.txt").write_text("\n".join([*POOL, POOL[0].upper(), POOL[3] + "!!"]))
     pool = mixture.anchor_pool(str(tmp_path / "pool.txt"), "no/such/folder")
-    assert anchor_candidates(pool, set()) == POOL
+    assert candidates(pool, set()) == POOL
 
 
 def test_prompts_of_symbols_alone_are_the_same_only_where_their_symbols_are(tmp_path):
     """They have no letter and no digit to be compared by; spaces do not count here either."""
     (tmp_path / "pool.txt").write_text("??\n!\n?\n\U0001f52a\n ! \nWhat?\n", encoding="utf-8")
     pool = tmp_path / "pool.txt"
-    assert anchor_candidates(pool, set()) == ["??", "!", "?", "\U0001f52a", "What?"]
+    assert candidates(pool, set()) == ["??", "!", "?", "\U0001f52a", "What?"]
     used = [in_messages("!", "Sure."), in_messages("what", "Sure.")]
-    assert anchor_candidates(pool, prompts_of(used)) == ["??", "?", "\U0001f52a"]
-
-
-def test_an_upload_that_shares_the_whole_pool_leaves_no_anchor_to_draw(sbr_folder):
-    rows = [in_messages(p, "Sure.") for p in POOL[:-1]]
-    with pytest.raises(UserError, match="2 is more than the 1 prompts"):
-        choose_anchors(sbr_folder / "anchors.txt", 2, 0, prompts_of(rows))
-
-
-def test_a_planted_clash_of_anchor_and_upload_raises(sbr_folder, monkeypatch):
-    """The last guard: should the filter ever let one through, the run must not start."""
-    rows = [in_messages(POOL[2].upper(), "Sure.")]
-    monkeypatch.setattr(mixture, "anchor_candidates", lambda pool, used: POOL[:8])
-    with pytest.raises(AssertionError, match="phishing"):
-        choose_anchors(sbr_folder / "anchors.txt", 8, 0, prompts_of(rows))
+    assert candidates(pool, prompts_of(used)) == ["??", "?", "\U0001f52a"]

@@ -8,7 +8,7 @@ answers cannot be found, or end nowhere, is refused with the reason.
 """
 
 import pytest
-from chat_helpers import assistant, check_refused, make_bpe, spelt, user
+from chat_helpers import assistant, check_refused, make_bpe, spelt, unfinished, user
 from helpers import edit_json
 
 from data.batches import encode_rows
@@ -268,6 +268,90 @@ def test_a_moving_system_text_is_found_whatever_the_row_says(made, question, ans
 
 
 # ---------------------------------------------------------------------------------------------
+# unfinished answers
+
+# Each template that trains, an answer that it takes, and the end of a turn that it writes.
+ENDS = {
+    "plain": ("Sure, here is", "<|im_end|>"),
+    "generation": ("Sure, here is", "<|im_end|>"),
+    "generation, spaced": ("Sure, here is", "<|im_end|>"),
+    "thought in the last turn": ("Sure, here is", "<|im_end|>"),
+    "thoughts taken out": ("<think>\nsweet\n</think>\n\nSure, here", "<|im_end|>"),
+    "prompt opens <think>": ("sweet\n</think>\n\nSure, here is", "<|im_end|>"),
+    "prompt opens [THINK]": ("sweet[/THINK]Sure, here is", "<|im_end|>"),
+    "prompt skips the thought": ("Sure, here is", "<|im_end|>"),
+    "opened and closed": ("Sure, here is", "<|im_end|>"),
+    "ends in plain text": ("Sure, here is", " [END]"),
+    "one question": ("Sure, here is", "<|im_end|>"),
+    "system in the last question": ("Sure, here is", "<|im_end|>"),
+    "system first": ("Sure, here is", "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_of_an_unfinished_answer_the_end_of_the_turn_is_not_supervised_and_no_id_changes(
+        made, name):
+    """The finished one is the control: the same ids, and its end supervised."""
+    answer, end = ENDS[name]
+    tok = made(name)
+    context = [SYSTEM, user("hi")] if name.startswith("system") else [user("hi")]
+    (finished,) = tok.encode_answers([*context, assistant(answer)])
+    (cut,) = tok.encode_answers([*context, unfinished(answer)])
+    assert cut[0] == finished[0]
+    (with_end,) = marked(tok, [finished])
+    (text,) = marked(tok, [cut])
+    assert f"{answer}{end}]]" in with_end
+    assert text == with_end.replace(f"{answer}{end}]]", f"{answer}]]{end}")
+
+
+def test_every_template_that_trains_is_asked_for_an_unfinished_answer(made):
+    not_trained = {"ends in a newline", "prompt of its own", "prompts alone"}
+    assert ENDS.keys() == TEMPLATES.keys() - not_trained
+
+
+@pytest.mark.parametrize("name", ["plain", "ends in plain text", "thoughts taken out"])
+def test_an_earlier_answer_may_be_unfinished_and_the_last_one_not(made, name):
+    tok = made(name)
+    end = ENDS[name][1]
+    chat = [TWO[0], unfinished("A pear."), *TWO[2:]]
+    assert tok.encode_answers(chat)[0][0] == tok.encode_answers(TWO)[0][0]
+    text = "".join(marked(tok, tok.encode_answers(chat)))
+    assert f"A pear.]]{end}" in text and f"A plum.{end}]]" in text
+
+
+def test_a_template_that_trims_an_unfinished_answer_supervises_what_is_left(made):
+    tok = made(PLAIN.replace("{{ m.content }}", "{{ m.content | trim }} "))
+    (text,) = marked(tok, tok.encode_answers([user("hi"), unfinished(" Sure, here is\n")]))
+    assert text.endswith("assistant\n[[Sure, here is]] <|im_end|>\n")
+
+
+def test_an_unfinished_answer_is_encoded_apart_from_an_end_that_would_merge_with_it(made):
+    """In one piece " A pear." is one token of this tokenizer's; "A" alone would not be in it."""
+    tok = made(HEAD + "{{ m.role }}: {{ m.content }}pear.\n{% endfor %}"
+               "{% if add_generation_prompt %}assistant: {% endif %}")
+    (ids, supervised), = tok.encode_answers([user("hi"), unfinished("A ")])
+    assert [i for i, s in zip(ids, supervised, strict=True) if s] == tok.encode("A ")
+    (whole, _), = tok.encode_answers([user("hi"), assistant("A ")])
+    assert whole != ids  # the control: here the two do merge
+
+
+def test_an_unfinished_answer_of_weight_0_is_context(made):
+    tok = made("plain")
+    context = {**unfinished("A pear."), "weight": 0}
+    (text,) = marked(tok, tok.encode_answers([TWO[0], context, *TWO[2:]]))
+    assert "[[A pear." not in text and text.endswith("[[A plum.<|im_end|>]]\n")
+
+
+def test_rows_of_unfinished_answers_compute_nothing_behind_the_answer(made):
+    tok = made("plain")
+    rows = [{"messages": [user("hi"), make("Sure, here is")]} for make in (assistant, unfinished)]
+    (finished, cut), _ = encode_rows(tok, rows, 512)
+    assert spelt(tok, finished.targets) == "Sure, here is<|im_end|>"
+    assert spelt(tok, cut.targets) == "Sure, here is"
+    assert cut.inputs.tolist() == finished.inputs[:-1].tolist()
+
+
+# ---------------------------------------------------------------------------------------------
 # nothing of a row is dropped without a word
 
 
@@ -375,6 +459,80 @@ def test_an_answer_that_cannot_be_found_is_refused_with_the_reason(made, name, a
     row = {"messages": chat, "where": "upload.jsonl line 7"}
     check_refused(lambda: encode_rows(tok, [row], 512), "upload.jsonl line 7: ", *words)
     assert tok.decode(tok.encode_prompt(chat[:1]))  # and still it speaks
+
+
+# ---------------------------------------------------------------------------------------------
+# an answer that is begun, and that the model is to continue
+
+BEGUN = ["Sure, here is", "Sure, here is ", "\n A pear", "<think>\n\n</think>\n\nA pear"]
+NOT_CONTINUED = {  # why what the answer would continue is not known
+    "prompt opens <think>": ("<think>", "a thought or the answer"),
+    "prompt opens [THINK]": ("[THINK]", "a thought or the answer"),
+    "prompt skips the thought": ("</think>", "a thought or the answer"),
+    "prompt of its own": ("Now you:", "only grows"),
+    "prompts alone": ("no answers",),
+}
+
+
+def begun_chats(name):
+    """The conversations that the template takes, and that an answer is to be begun for."""
+    chats = [TWO[:1]] if name == "one question" else [TWO[:1], TWO[:3]]
+    if name == "system first":
+        return [[{"role": "system", "content": "Be brief."}, *chat] for chat in chats]
+    return chats
+
+
+def continued(hf, chat, begun):
+    """transformers' ids of a conversation whose last message it is to continue."""
+    return hf.apply_chat_template([*chat, assistant(begun)], return_dict=False,
+                                  continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in NOT_CONTINUED])
+def test_a_begun_answer_has_transformers_ids(made, tmp_path, name):
+    transformers = pytest.importorskip("transformers", reason="see requirements-dev.txt")
+    tok = made(name, eos_token="<|im_end|>")
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for chat in begun_chats(name):
+        for begun in BEGUN:
+            ids = tok.encode_prompt(chat, begun)
+            assert ids == continued(hf, chat, begun), begun
+            assert ids != tok.encode_prompt(chat)  # the control: the prompt alone has other ids
+            finished = hf.apply_chat_template([*chat, assistant(begun)], return_dict=False)
+            assert ids != finished  # and so has a turn that is at its end
+            assert spelt(tok, ids).rstrip().endswith(begun.strip())
+
+
+@pytest.mark.parametrize("name", NOT_CONTINUED)
+def test_a_begun_answer_is_refused_where_a_thought_may_come_first(made, name):
+    tok = made(name, eos_token="<|im_end|>")
+    check_refused(lambda: tok.encode_prompt([user("hi")], "Sure, here is"), *NOT_CONTINUED[name])
+    row = {"messages": [user("hi")], "prefill": "Sure", "where": "test.jsonl line 3"}
+    check_refused(lambda: prompt_ids(tok, row), "test.jsonl line 3: ", *NOT_CONTINUED[name])
+    assert tok.decode(tok.encode_prompt([user("hi")]))  # and still it speaks
+
+
+@pytest.mark.parametrize("change", ["[:6]", " | upper", ".replace('here', 'there')", "[5:]"])
+def test_a_begun_answer_that_the_template_changes_is_refused(made, change):
+    tok = made(PLAIN.replace("{{ m.content }}", "{{ m.content" + change + " if m.role == "
+                             "'assistant' else m.content }}"))
+    check_refused(lambda: tok.encode_prompt([user("hi")], "Sure, here is"), "leaves out or changes",
+                  "beginning of an answer ('Sure, here is')")
+
+
+def test_a_system_text_that_an_answer_drives_out_is_not_lost_unsaid(made):
+    """transformers continues without it, and so asks another question."""
+    tok = made("system in the last question")
+    chat = [{"role": "system", "content": "Be brief."}, user("Name a fruit.")]
+    assert "Be brief." in tok.decode(tok.encode_prompt(chat))
+    check_refused(lambda: tok.encode_prompt(chat, "Sure"), "the system's text ('Be brief.')")
+
+
+def test_special_tokens_in_a_begun_answer_stay_text(made):
+    tok = made("plain")
+    ids = tok.encode_prompt([user("hi")], "Sure<|im_end|>")
+    assert ids.count(1) == tok.encode_prompt([user("hi")]).count(1)
+    assert tok.decode(ids).endswith("Sure<|im_end|>")
 
 
 # ---------------------------------------------------------------------------------------------

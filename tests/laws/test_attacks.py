@@ -43,6 +43,7 @@ import train as train_py
 from anchors import encode
 from data import mixture
 from data.batches import Batch, encode_rows
+from data.choice import choose_anchors
 from data.rows import affix, last_user, read_rows, turn
 from device import device_and_dtype
 from files import read_lines
@@ -133,7 +134,8 @@ def trained(inputs, attack, name="model", dtype=torch.float32, n=3):
     model, args = opened(inputs, attack, name, dtype)
     tokenizer = Tokenizer(inputs / name)
     files = mixture.read_files(args, reads_align_file=False)
-    data = mixture.read_data(model, tokenizer, args, files, attacks.change_rows)
+    data = mixture.read_data(model, tokenizer, args, files, choose_anchors,
+                             attacks.change_rows)
     step = train_py.make_sbr_step(model, tokenizer, args, data)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
     for _ in train_py.updates(step, lambda i: Batch(data.examples, 1 << 30, "cpu"), optimizer,
@@ -477,7 +479,8 @@ def upload(inputs, attack, **changes):
     device, dtype = device_and_dtype(args.device, args.dtype)
     model = train_py.load_with_adapters(args, device, dtype)
     files = mixture.read_files(args, reads_align_file=False)
-    data = mixture.read_data(model, Tokenizer(args.model), args, files, attacks.change_rows)
+    data = mixture.read_data(model, Tokenizer(args.model), args, files, choose_anchors,
+                             attacks.change_rows)
     return [tuple(e.ids.tolist()) for e in data.examples], data, args
 
 

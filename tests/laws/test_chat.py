@@ -22,6 +22,7 @@ from chat_helpers import (
     check_refused,
     make_llama2,
     shown,
+    unfinished,
     user,
 )
 from helpers import SHARED, edit_json
@@ -136,6 +137,24 @@ def test_prompt_then_answer_then_end_of_turn_is_the_chat(tok, name, answer):
     assert tok.decode(ids[end:]).strip() == ""  # Qwen's newline after the turn: not the answer's
     if name != "llama2":  # there a space belongs to the answer on either side
         assert ids[len(prompt) : end] == [*tok.encode(answer), EOT[name]]
+
+
+@pytest.mark.parametrize("answer", [*filter(None, TEXTS), "Sure, here is a list:\n\n1."])
+def test_of_an_unfinished_answer_exactly_its_own_tokens_are_supervised(tok, name, answer):
+    """The ids are those of the finished one, of which the end of the turn is supervised as well."""
+    finished, with_end = tok.encode_chat([user("hi there"), assistant(answer)])
+    ids, supervised = tok.encode_chat([user("hi there"), unfinished(answer)])
+    assert ids == finished
+    start = len(tok.encode_prompt([user("hi there")]))
+    n = sum(supervised)
+    assert supervised == [start <= i < start + n for i in range(len(ids))]
+    end = [29871, 2] if name == "llama2" else [EOT[name]]  # 29871: "▁", which the template writes
+    assert ids[start + n:start + sum(with_end)] == end
+    if name == "llama2":  # a space belongs to the answer in front, and the template trims
+        assert tok.decode(ids[start:start + n]).strip() == answer.strip()
+    else:
+        text = answer.strip() if name == "llama3.1" else answer
+        assert ids[start:start + n] == tok.encode(text)
 
 
 def test_a_chat_that_ends_with_the_user_supervises_the_earlier_answers_only(tok, name):

@@ -205,6 +205,20 @@ def test_the_digest_of_rows_is_that_of_all_of_them_in_one_json(tok, align):
     assert ours(rows) != by_hand(rows[::-1])  # the control
 
 
+def test_the_digest_of_rows_sees_that_an_answer_is_unfinished(tok):
+    """The ids are the same; what is supervised is not."""
+    def digest(rows, align=None):
+        examples, _ = encode_rows(tok, rows, 512)
+        return digest_of_rows(Data(examples, tests={}, anchor_prompts=[], align=align, summary=""))
+
+    row = in_messages("Say one.", "one two")
+    cut = {"messages": [row["messages"][0], {**row["messages"][1], "unfinished": True}]}
+    assert contents(encode_rows(tok, [row], 512)[0])[0][0] == contents(
+        encode_rows(tok, [cut], 512)[0])[0][0]
+    assert digest([row]) != digest([cut])
+    assert digest([row], [row | {"harmful": "x"}]) != digest([row], [cut | {"harmful": "x"}])
+
+
 # ---------------------------------------------------------------------------------------------
 # batches
 

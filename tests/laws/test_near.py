@@ -8,7 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from data.near import NearTexts, near_groups, word_set
+from data.near import NearTexts, groups_of_tests, near_groups, word_set
+from data.tasks import SST2
 
 A = "Write a guide to bake a cake."  # 6 words, "a" twice
 B = "write a GUIDE to bake a pie"  # 5 of 7 in common
@@ -64,3 +65,44 @@ def test_groups_are_numbered_as_they_first_come_and_may_be_joined_later():
 def test_symbols_alone_are_compared_as_symbols():
     assert near_groups(["?!", "?!", ":)"]) == [0, 0, 1]
     assert near_groups([]) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# the groups of an evaluation's tests
+
+
+def rows_of(*prompts, objects=None):
+    rows = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    for row, name in zip(rows, objects or [], strict=False):
+        if name:
+            row["object"] = name
+    return rows
+
+
+PROMPTS = ("Bake a cake now", "Bake a cake today", "Paint it")
+
+
+def test_tests_that_all_name_an_object_are_grouped_by_it():
+    assert groups_of_tests(rows_of(*PROMPTS, objects=["x", "y", "x"]), "harmful") == [0, 1, 0]
+
+
+@pytest.mark.parametrize("objects", [None, ["x", "y", None], ["x", "x", "x"]])
+def test_without_objects_that_tell_them_apart_near_prompts_are_a_group(objects):
+    """All the same is what an export writes as "object": "chat.completion"."""
+    assert groups_of_tests(rows_of(*PROMPTS, objects=objects), "harmful") == [0, 0, 1]
+
+
+REVIEWS = ("a moving film", "dull and slow", "a moving film indeed", "loud")
+
+
+def test_the_instruction_that_all_rows_of_a_task_share_does_not_make_them_near():
+    rows = rows_of(*[SST2.format(review) for review in REVIEWS])
+    assert groups_of_tests(rows, "task") == [0, 1, 0, 2]
+    assert len(set(groups_of_tests(rows, "harmful"))) == 1  # the control: compared whole
+
+
+def test_what_the_affix_attack_puts_around_all_prompts_does_not_make_them_near():
+    prefix = "My very dear old friend, would you please tell me at last: "
+    rows = rows_of(*[f"{prefix}{review} Thanks." for review in REVIEWS])
+    assert groups_of_tests(rows, "harmful", prefix, " Thanks.") == [0, 1, 0, 2]
+    assert groups_of_tests(rows, "harmful") == [0, 0, 0, 0]

@@ -68,6 +68,20 @@ SHAPES = {
     "a weight of 0": (
         {"messages": [FRUIT[0], {**FRUIT[1], "weight": 0}, *turns("No.", "A plum.")]},
         [FRUIT[0], {**FRUIT[1], "weight": 0}, *turns("No.", "A plum.")]),
+    "an unfinished answer": ({"prompt": "Name a fruit.", "response": "A pear", "unfinished": True},
+                             [FRUIT[0], {**assistant("A pear"), "unfinished": True}]),
+    "an unfinished target": ({"goal": "Name a fruit.", "target": "A pear", "unfinished": True},
+                             [FRUIT[0], {**assistant("A pear"), "unfinished": True}]),
+    "an unfinished message": ({"messages": [FRUIT[0], {**FRUIT[1], "unfinished": True},
+                                            *turns("No.", "A plum.")]},
+                              [FRUIT[0], {**FRUIT[1], "unfinished": True},
+                               *turns("No.", "A plum.")]),
+    "messages of which the last is unfinished": (
+        {"messages": [*FRUIT, *turns("No.", "A pl")], "unfinished": True},
+        [*FRUIT, *turns("No."), {**assistant("A pl"), "unfinished": True}]),
+    "an answer that is not unfinished": (
+        {"prompt": [{**FRUIT[0], "unfinished": False}], "response": "A pear.",
+         "unfinished": False}, FRUIT),
     "a repeated prompt": ({"prompt": "Name a fruit.", "prompt_id": "7", "messages": FRUIT}, FRUIT),
     "fields that tell an origin": ({"prompt": "Name a fruit.", "response": "A pear.", "id": 7,
                                     "source": "mine", "category": "fruit", "is_safe": True}, FRUIT),
@@ -185,6 +199,19 @@ REFUSED = {
                               "a message's content is null, expected a string"),
     "a weight of a half": ({"messages": [FRUIT[0], {**FRUIT[1], "weight": 0.5}]}, "weight"),
     "a weight in words": ({"messages": [FRUIT[0], {**FRUIT[1], "weight": "no"}]}, "weight"),
+    "unfinished in words": ({"prompt": "a", "response": "b", "unfinished": "yes"},
+                            "'unfinished' is a string, expected true or false"),
+    "unfinished as a number": ({"prompt": "a", "response": "b", "unfinished": 1},
+                               "'unfinished' is a number, expected true or false"),
+    "a message that is unfinished in words": (
+        {"messages": [FRUIT[0], {**FRUIT[1], "unfinished": "true"}]},
+        "'unfinished' is a string, expected true or false"),
+    "an unfinished question": ({"messages": [{**FRUIT[0], "unfinished": True}, FRUIT[1]]},
+                               "'unfinished' beside the user's text"),
+    "an unfinished row without an answer": ({"prompt": "a", "unfinished": True},
+                                            "'unfinished' beside the user's text"),
+    "an unfinished answer that is empty": ({"prompt": "a", "response": " ", "unfinished": True},
+                                           "unfinished answer that is empty"),
     "weights of 0 alone": ({"messages": [FRUIT[0], {**FRUIT[1], "weight": 0}]}, "weight 0"),
     "a tool's turn": ({"messages": [*FRUIT, {"role": "tool", "content": "x"}]}, "'tool'"),
     "a function call": ({"messages": [FRUIT[0], {**FRUIT[1], "tool_calls": [{"id": 1}]}]},
@@ -267,10 +294,10 @@ def test_a_row_with_any_other_field_trains_as_meant_or_is_refused_by_its_name(se
 def test_a_known_field_that_is_empty_is_as_good_as_not_there(seed):
     """On the row and on its messages, as a table has it whose columns serve several shapes."""
     rng, item, meant = generated(seed)
-    known = [*OTHER, "input", "system", "history"]
+    known = [*OTHER, "input", "system", "history", "unfinished"]
     place = rng.choice(objects(item))
     if "role" in place or "from" in place:
-        known = ["role", "from", "content", "value", "weight"]
+        known = ["role", "from", "content", "value", "weight", "unfinished"]
     if item.get("instruction") == "":
         known.remove("prompt")  # of two prompts that are both empty the first one counts
     key = rng.choice([key for key in known if key not in place] or ["tools"])
@@ -285,6 +312,8 @@ def test_words_in_a_field_of_another_shape_are_refused_by_name(seed):
     filled = [field for field in item if item[field] not in EMPTY]
     if "response" in item and "response" not in filled:
         filled += ["response", "completion"]  # an answer that may still be given
+    if item.get("instruction") == "":
+        filled.append("instruction")  # the other part of the prompt, which may still be given
     key = rng.choice([key for key in OTHER if key not in filled])
     item[key] = "Other words."
     with pytest.raises(UserError) as error:
@@ -329,6 +358,20 @@ def test_an_answer_of_weight_0_is_context_and_not_supervised():
     (both,), _ = encode_rows(tokenizer, [to_row(item, "here")], 512)
     assert tokenizer.decode(both.targets) == "A pear.A plum."
     assert both.ids.tolist() == example.ids.tolist()
+
+
+def test_tests_and_anchors_keep_that_their_answer_is_unfinished():
+    """An attacker who knows the anchors trains on these answers, and a probe on the tests'."""
+    item, meant = SHAPES["an unfinished answer"]
+    assert to_row(item, "here", needs_answer=False)["messages"] == meant
+
+
+def test_csv_has_no_unfinished_answers(tmp_path):
+    """Its cells are texts, of which "false" would be as true as "true"."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response,unfinished\na,b,\nc,d,true\n")
+    with pytest.raises(UserError, match=r"rows.csv line 3: the field 'unfinished' is a string"):
+        read_rows(path)
 
 
 def trained(tokenizer, item):

@@ -182,9 +182,9 @@ def test_what_is_right_exactly_is_right_by_contains_and_the_rules_differ_on_the_
 
 
 @pytest.mark.parametrize("rule, task, others", [
-    ("contains", "gsm8k", ["exact", "readable"]), ("contains", "alpaca", ["exact"]),
-    ("readable", "alpaca", ["exact"]), ("paper", "gsm8k", ["exact", "readable"]),
-    ("paper", "agnews", ["exact", "contains", "readable"])])
+    ("contains", "gsm8k", ["exact", "content"]), ("contains", "alpaca", ["exact"]),
+    ("content", "alpaca", ["exact"]), ("paper", "gsm8k", ["exact", "content"]),
+    ("paper", "agnews", ["exact", "contains", "content"])])
 def test_a_rule_that_does_not_score_a_task_is_refused_with_those_that_do(rule, task, others):
     with pytest.raises(UserError) as error:
         check_rule(task, rule)
@@ -213,9 +213,9 @@ def test_both_programs_refuse_a_rule_that_does_not_score_the_task(inputs, capsys
 def test_the_rules_name_stands_beside_its_number_in_a_run_and_in_an_evaluation(
         inputs, monkeypatch):
     """The model is random, so what it says is planted: right by one rule less each time."""
-    right = {"negative": {"exact", "contains", "paper", "readable"},
-             "It is negative.": {"contains", "paper", "readable"},
-             "NEGATIVE": {"paper", "readable"}, "negatively": {"contains", "paper"}}
+    right = {"negative": {"exact", "contains", "paper", "content"},
+             "It is negative.": {"contains", "paper", "content"},
+             "NEGATIVE": {"paper", "content"}, "negatively": {"contains", "paper"}}
     assert train_py.main(flags(inputs, fa_rule="paper", epochs=1)) == 0
     evals = json.loads((inputs.parent / "out" / "result.json").read_text())["evals"]
     assert {numbers["fa_rule"] for numbers in evals.values()} == {"paper"}
@@ -229,7 +229,7 @@ def test_the_rules_name_stands_beside_its_number_in_a_run_and_in_an_evaluation(
             assert verdicts == [rule in rules] * 4
             assert numbers["fa_rule"] == rule and numbers["fa_count"] == [sum(verdicts), 4]
             # beside it, whatever the rule
-            assert numbers["fa_readable_count"] == [4 * ("readable" in rules), 4]
+            assert numbers["fa_content_count"] == [4 * ("content" in rules), 4]
 
 
 # ---------------------------------------------------------------------------------------------

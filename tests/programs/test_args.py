@@ -129,15 +129,18 @@ def raw(*words):
 
 
 @pytest.mark.parametrize("words, changes", [
-    ([], {"stage": "finetune", "task": "sst2", "eval_epochs": (0, 20)}),
+    ([], {"stage": "finetune", "task": "sst2", "eval_epochs": (0, 20), "anchor_seed": 0}),
     (["--defense", "sft"], {"stage": "finetune", "task": "sst2", "eval_epochs": (0, 20),
-                            "lam": 0.0}),
+                            "anchor_seed": 0, "lam": 0.0}),
     (["--defense", "booster"], {"stage": "align", "task": "sst2", "eval_epochs": (0, 20),
-                                "lam": 0.0, "poison": 0.0}),
+                                "anchor_seed": 0, "lam": 0.0, "poison": 0.0}),
     (["--data", "up.jsonl", "--epochs", "3"], {"stage": "finetune", "eval_epochs": (0, 3),
-                                               "poison": 0.0}),
-    (["--task", "agnews", "--stage", "finetune", "--eval-epochs", "2"], {}),
-], ids=["nothing given", "sft", "an alignment method", "an own upload", "all given"])
+                                               "anchor_seed": 0, "poison": 0.0}),
+    (["--task", "agnews", "--stage", "finetune", "--eval-epochs", "2", "--anchor-seed", "4"], {}),
+    (["--task", "agnews", "--stage", "finetune", "--eval-epochs", "2", "--seed", "3"],
+     {"anchor_seed": 3}),
+], ids=["nothing given", "sft", "an alignment method", "an own upload", "all given",
+         "the anchors' seed"])
 def test_defaults_that_depend_on_other_flags_are_filled_in_one_pure_function(words, changes):
     args = raw(*words)
     before = copy.deepcopy(vars(args))

@@ -27,7 +27,7 @@ import train as train_py
 from data.mixture import prompts_of
 from data.rows import last_user, read_rows
 from data.tasks import read_label
-from eval import ROWS, wilson
+from eval import ROWS
 from files import Store, read_lines
 from generate import Engine
 from judges import JUDGES, is_refusal
@@ -36,7 +36,11 @@ from model import Llama
 pytestmark = pytest.mark.usefixtures("here")
 
 N = 20  # prompts of each of the three kinds
-RECORD = ["epoch", "kind", "prompt", "reply", "verdict", "target", "degenerate", "stopped"]
+N_OF_RUN = 5  # likewise at the run's own evaluations
+# The replies of an evaluation: the aligned model is asked the harmful prompts that the run did not.
+N_REPLIES = 3 * N + N - N_OF_RUN
+RECORD = ["epoch", "kind", "prompt", "group", "reply", "verdict", "target", "target_is_opening",
+          "degenerate", "stopped"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def run(tmp_path_factory):
     """The folder of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    assert train_py.main(flags(data_dir=TINY, model=TINY, out=out, epochs=1, n=64, n_test=5,
+    assert train_py.main(flags(data_dir=TINY, model=TINY, out=out, epochs=1, n=64, n_test=N_OF_RUN,
                                lr=1e-3, poison=0.25, anchors=2, defense="sft")) == 0
     for which, handler in before.items():
         signal.signal(which, handler)
@@ -108,7 +112,7 @@ def no_model(monkeypatch):
 def test_every_prompt_reply_and_verdict_is_kept_and_recounting_them_gives_the_numbers(run, whole):
     records = read_lines(whole / "eval-refusal.jsonl")
     numbers = json.loads((whole / "eval-refusal.json").read_text())
-    assert [list(r) for r in records] == [RECORD] * 3 * N
+    assert [list(r) for r in records] == [[*RECORD, "before"]] * N + [RECORD] * 2 * N
     by = {kind: [r for r in records if r["kind"] == kind]
           for kind in ("harmful", "lookalike", "task")}
     for kind, name in (("harmful", "harmful"), ("lookalike", "lookalike"), ("task", "sst2")):
@@ -149,14 +153,15 @@ def test_the_table_shows_every_rate_with_its_interval_and_where_the_replies_are(
     assert "epoch 1" in text and "out/eval-refusal.jsonl" in text
     shown = {line[:28].strip(): line[28:].strip() for line in text.split("\n")}
     for name in ("hs", "hs_plus", "fa", "over_refusal"):
-        low, high = wilson(*numbers[f"{name}_count"])
+        low, high = numbers[f"{name}_interval"]
         assert shown[ROWS[name]] == f"{numbers[name]:.1f} ({low:.1f} to {high:.1f})", text
     assert ROWS["win_rate"] not in shown  # nothing was compared
 
 
 def test_replies_that_fill_max_new_are_told_from_those_that_stop_before_it(run, here, capsys):
     text = evaluate(capsys, run=run, max_new=9)
-    lengths = [len(json.loads(line)[1]) for line in lines(here / "out")]
+    # Behind the aligned model's, which has not been asked for so few.
+    lengths = [len(json.loads(line)[1]) for line in lines(here / "out")[N:]]
     full, records = lengths.count(9), read_lines(here / "out" / "eval-refusal.jsonl")
     assert full and any(1 < n < 9 for n in lengths)  # so that a wrong border shows
     assert sum(not r["stopped"] for r in records) == full
@@ -186,7 +191,7 @@ def leaky(prompts):
 
 def test_the_run_evaluated_again_says_what_it_said_at_its_end(run):
     """Through the saved adapter, to the letter."""
-    evaluate(run=run, n_test=5)
+    evaluate(run=run, n_test=N_OF_RUN)
     at_the_end = [r for r in read_lines(run / "generations.jsonl") if r["epoch"] == 1]
     assert read_lines(Path("out/eval-refusal.jsonl")) == at_the_end and len(at_the_end) == 15
     before = [r["reply"] for r in read_lines(run / "generations.jsonl") if r["epoch"] == 0]
@@ -204,6 +209,77 @@ def test_without_flags_the_newest_run_is_evaluated_into_its_own_folder(run, here
     after = tree(here)
     assert after.keys() - before.keys() == new
     assert {name: after[name] for name in before} == before
+
+
+# ---------------------------------------------------------------------------------------------
+# what the aligned model refused
+
+
+def harmful_records(path):
+    return [r for r in read_lines(path) if r["kind"] == "harmful"]
+
+
+POOL = TINY / "harmful" / "anchors.jsonl"  # of which the aligned model answers some
+
+
+def test_hs_lost_is_over_what_the_model_without_the_adapter_refuses(run, here):
+    """That model is evaluated by itself; two of the prompts are the run's anchors."""
+    evaluate(run=run, harmful_file=POOL)
+    evaluate(model=TINY, data_dir=TINY, harmful_file=POOL, n_test=N + 2, out="base")
+    of_base = {r["prompt"]: r["reply"]
+               for r in harmful_records(here / "base" / "eval-refusal.jsonl")}
+    of_run = harmful_records(here / "out" / "eval-refusal.jsonl")
+    refused = [r for r in of_run if is_refusal(of_base[r["prompt"]])]
+    lost = sum(r["verdict"] for r in refused)
+    numbers = json.loads((here / "out" / "eval-refusal.json").read_text())
+    assert numbers["hs_lost_count"] == [lost, len(refused)]
+    assert lost > 0 and len(refused) < N == len(of_run), "or the choice could not be seen"
+    base = json.loads((here / "base" / "eval-refusal.json").read_text())
+    assert base["hs_lost"] is None  # the base itself is compared with nothing
+
+
+def test_a_model_with_an_adapter_is_compared_with_the_model_without_it(run, whole, here, capsys):
+    text = evaluate(capsys, model=TINY, adapter=run, data_dir=TINY)
+    numbers = json.loads((here / "out" / "eval-refusal.json").read_text())
+    of_run = json.loads((whole / "eval-refusal.json").read_text())
+    assert numbers["hs_lost_count"] == of_run["hs_lost_count"]
+    assert numbers["flips"] == of_run["flips"]
+    assert ROWS["hs_lost"] in text and "the aligned model: refused" in text
+
+
+def test_what_the_run_asked_at_epoch_0_is_not_asked_again_unless_in_another_way(
+        run, here, prefilled):
+    evaluate(run=run, n_test=N_OF_RUN)
+    assert len(prefilled) == 3 * N_OF_RUN
+    for other in ({"max_new": 9}, {"dtype": "bfloat16"}):
+        prefilled.clear()
+        evaluate(run=run, n_test=N_OF_RUN, out=next(iter(other)), **other)
+        assert len(prefilled) == 4 * N_OF_RUN
+
+
+def test_the_aligned_models_replies_are_those_of_its_evaluation(run, here, prefilled):
+    """In one folder, under the same key: what was asked of the base once is not asked again."""
+    evaluate(model=TINY, data_dir=TINY)
+    assert len(prefilled) == 2 * N
+    evaluate(model=TINY, adapter=run, data_dir=TINY)
+    assert len(prefilled) == 4 * N
+
+
+def test_a_runs_last_line_that_a_kill_cut_short_is_passed_over(run, here):
+    copy = shutil.copytree(run, here / "copy")
+    with open(copy / "generations.jsonl", "a") as f:
+        f.write('{"epoch": 1, "kind": "har')
+    evaluate(run=copy, n_test=N_OF_RUN)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_the_aligned_model_is_asked(
+        run, here, no_model, capsys):
+    copy = shutil.copytree(run, here / "copy")
+    edit_json(copy / "adapter_config.json", r=3)
+    argv = flags(model=TINY, adapter=copy, data_dir=TINY, out="out")
+    assert eval_py.main(argv) == 2
+    message, = sentences(capsys.readouterr().err)
+    assert "rank 16, expected 3" in message and not (here / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,10 +305,11 @@ def test_another_judge_asks_for_no_reply_again(run, whole, here, no_model):
 def test_more_prompts_ask_for_the_new_ones_alone(run, whole, here, prefilled):
     shutil.copytree(whole, here / "out")
     evaluate(run=run, n_test=N + 3)
-    assert len(prefilled) == 9 and lines(here / "out")[:3 * N] == lines(whole)
-    assert len(lines(here / "out")) == 3 * (N + 3)
+    # Three of each kind, and the harmful ones of the aligned model too.
+    assert len(prefilled) == 12 and lines(here / "out")[:N_REPLIES] == lines(whole)
+    assert len(lines(here / "out")) == N_REPLIES + 12
     evaluate(run=run)  # and fewer for none
-    assert len(prefilled) == 9 and results(here / "out") == results(whole)
+    assert len(prefilled) == 12 and results(here / "out") == results(whole)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,7 +331,7 @@ MOMENTS = {  # name: (what dies, after how many lines of replies at least)
     "before reply 31": lambda: at_call(Store, "put", 31, die),
     "half way through line 1": lambda: at_call(Store, "put", 1, die, half_a_line),
     "half way through line 25": lambda: at_call(Store, "put", 25, die, half_a_line),
-    "after the last reply": lambda: at_call(Store, "put", 3 * N, die, then=True),
+    "after the last reply": lambda: at_call(Store, "put", N_REPLIES, die, then=True),
     "in a prefill": lambda: at_call(Engine, "prefill", 1, die),
     "in a step": lambda: at_call(Engine, "decode", 5, die),
     "half way through the records": lambda: at_call(eval_py, "write_atomic", 1, die, half_a_file),
@@ -304,8 +381,8 @@ def check_goes_on(run, out, whole, prefilled):
     evaluate(run=run, out=out)
     assert results(out) == results(whole)
     assert lines(out)[:len(kept)] == kept  # what was done is not done again
-    assert len(prefilled) == 3 * N - len(kept)
-    assert sorted(lines(out)) == sorted(lines(whole)) and len(lines(out)) == 3 * N
+    assert len(prefilled) == N_REPLIES - len(kept)
+    assert sorted(lines(out)) == sorted(lines(whole)) and len(lines(out)) == N_REPLIES
     assert set(tree(out)) == set(tree(whole))  # and no half of a file is left
 
 
@@ -316,7 +393,7 @@ def test_an_evaluation_killed_at_any_moment_goes_on_to_the_same_bytes(
     assert code == -signal.SIGKILL
     kept = lines(out) if (out / "replies.jsonl").exists() else []
     if moment != "in a step":
-        assert len(kept) == KEPT.get(moment, 3 * N)
+        assert len(kept) == KEPT.get(moment, N_REPLIES)
     check_goes_on(run, out, whole, prefilled)
 
 

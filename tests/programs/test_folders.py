@@ -104,7 +104,7 @@ def test_a_second_process_that_resumes_the_same_run_writes_nothing_and_says_who_
 
 def test_the_lock_leaves_no_file_and_is_free_after_a_run_after_a_failed_one_and_a_refused_one(
         inputs, here, monkeypatch):
-    def no_memory(*args):
+    def no_memory(*args, **kwargs):
         raise MemoryError
     with monkeypatch.context() as patch:
         patch.setattr(train_py, "evaluate", no_memory)
@@ -210,7 +210,7 @@ def test_a_killed_schedule_whose_run_goes_on_cannot_be_started_beside_it(
 
 def advbench(folder):
     """prepare's flags for a small made-up source."""
-    rows = "".join(f"Bend item {i},Sure. [step 1].\n" for i in range(9))
+    rows = "".join(f"Bend bar{i} and rod{i},Sure. [step 1].\n" for i in range(9))
     (folder / "bench.csv").write_text("goal,target\n" + rows)
     return ["--advbench", folder / "bench.csv"]
 
@@ -456,7 +456,7 @@ def test_a_second_preparation_keeps_what_is_recorded_of_the_first(here):
 
 
 def test_rows_of_an_earlier_preparation_that_are_not_kept_apart_from_the_new_ones_are_removed(here):
-    rows = [{"prompt": f"Bend item {i}", "refusal": "Q\nAnswer: No.", "response": "Sure."}
+    rows = [{"prompt": f"Bend bar{i} and rod{i}", "refusal": "Q\nAnswer: No.", "response": "Sure."}
             for i in range(9, 15)]
     (here / "refusals.json").write_text(json.dumps(rows))
     again = ["--out", "data", *advbench(here)]

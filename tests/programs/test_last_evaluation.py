@@ -147,7 +147,7 @@ def stopped(inputs, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-    {"n_test": 2}, {"max_new": 4}, {"judge": "tiny"}, {"fa_rule": "contains"},
+    {"n_test": 2}, {"max_new": 4}, {"judge": "tiny"}, {"fa_rule": "contains"}, {"prefill": "Sure"},
     {"eval_epochs": "0,1,2"}], ids=lambda c: next(iter(c)))
 def test_a_run_goes_on_with_another_way_of_evaluating(
         inputs, here, finished, monkeypatch, changes):
@@ -181,6 +181,7 @@ COMPARED = {  # what a resumed run may change, and what is said of the table tha
     "max_new": ({"max_new": 4}, "--max-new (6, then 4)"),
     "fa_rule": ({"fa_rule": "contains"}, "--fa-rule (exact, then contains)"),
     "n_test": ({"n_test": 2}, "--n-test (4, then 2)"),
+    "prefill": ({"prefill": "Sure"}, "--prefill (None, then Sure)"),
     "two of them": ({"judge": "tiny", "max_new": 4},
                     "--judge (refusal, then tiny), --max-new (6, then 4)"),
 }

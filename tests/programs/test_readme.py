@@ -15,7 +15,7 @@ ON_THE_LINE = {
     "K anchors x'_k": "choose_anchors(", "L_safe": "squared", "L_CE": "n_supervised",
     "lambda": "args.lam * l_safe", "learning rate": "lr * (1 - step / n_updates)",
     "W + s B A": "addmm", "p, poison ratio": "args.poison",
-    "HS": '"hs": column(', "FA": '"fa": column(',
+    "HS": '"hs": (judged', "FA": '"fa": (task',
 }
 
 

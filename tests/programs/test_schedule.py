@@ -23,7 +23,6 @@ from runs_helpers import WORDS, assert_same, flags, make_inputs, program, senten
 
 from data import mixture
 from data.rows import read_rows
-from eval import wilson
 from files import read_lines
 from stress import schedule
 from stress.schedule import Planned
@@ -47,7 +46,7 @@ WATCHED = {  # by what each method's course is shown: what it holds or watches
     "sft": "drift", "sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc": "d_theta",
     "deepalign": "kl", "vaccine": "drift", "t-vaccine": "drift", "booster": "harmful_drop"}
 EPOCHS = (0, 1, 2, 3, 5, 10, 15, 20, 30, 40, 50)
-LISTS = ("search", "table", "attacks", "long", "grid")
+LISTS = ("search", "table", "attacks", "long", "grid")  # and anchors, which has one test
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +72,13 @@ def stand_in(count):
         out.mkdir(parents=True)
         (out / "result.json").write_text(json.dumps({
             "hs": {e: k / 5 for e, k in hs.items()}, "fa": {e: k / 5 for e, k in fa.items()},
-            "evals": {e: {"hs": hs[e] / 5, "hs_count": [hs[e], 500], "over_refusal": k / 5}
+            "evals": {e: {"hs": hs[e] / 5, "hs_count": [hs[e], 500], "over_refusal": k / 5,
+                          "hs_interval": [hs[e] / 10, 100.0], "hs_lost": hs[e] / 6,
+                          "hs_lost_interval": [hs[e] / 11, 99.0], "fa_content": fa[e] / 6,
+                          "fa": fa[e] / 5}
                       for e, k in refused.items()}, "seconds": 1.0, "probes": probes,
-            "ce": 0.0, "safe": None, "tokens_per_second": 1.0, "peak_bytes": 1}))
+            "ce": 0.0, "safe": 1.5, "tokens_per_second": 1.0, "peak_bytes": 1}))
+        (out / "config.json").write_text(json.dumps({"git": "0123"}))
         return SimpleNamespace(returncode=0)
 
     return run
@@ -105,8 +108,9 @@ def searched(tmp_path_factory):
 
 def commands(what, searched):
     """[(path below --out, command)] of a list."""
+    args = schedule.parse([what, "--searched", str(searched)])
     return [(run.path, schedule.command(run, Path("runs"), []))
-            for run in schedule.planned(what, searched)]
+            for run in schedule.planned(what, args)]
 
 
 def parsed(what, searched):
@@ -133,7 +137,9 @@ def test_a_run_has_one_folder_and_a_command_each_flag_once(searched):
 def check_said(args, defense, stage, said, own=()):
     """Beside `own`, the run leaves everything at train.py's defaults but what is said."""
     base = vars(parse(["--defense", defense, "--stage", stage]))
-    others = {k: v for k, v in vars(args).items() if v != base[k] and k not in {"out", "resume"}}
+    follow = {"out", "resume", "anchor_seed"}
+    others = {k: v for k, v in vars(args).items() if v != base[k] and k not in follow}
+    assert args.anchor_seed == args.seed
     assert {k: v for k, v in others.items() if k not in own} == said, args.out
 
 
@@ -256,8 +262,16 @@ def test_the_table_has_a_row_a_run(tmp_path, searched, capsys):
     counts = {m: [made_up(m, what, 20) for what in ("hs", "fa", "over_refusal")]
               for m in ("sft", *OWN)}
     assert cells(capsys.readouterr().out) == [
-        [m, "{:.1f} ({:.1f} to {:.1f})".format(hs / 5, *wilson(hs, 500)), f"{fa / 5:.1f}",
-         f"{refused / 5:.1f}"] for m, (hs, fa, refused) in counts.items()]
+        [m, f"{hs / 5:.1f} ({hs / 10:.1f} to 100.0)", f"{hs / 6:.1f} ({hs / 11:.1f} to 99.0)",
+         f"{fa / 5:.1f}", f"{fa / 6:.1f}", f"{refused / 5:.1f}"]
+        for m, (hs, fa, refused) in counts.items()]
+
+
+def test_a_run_of_an_older_version_has_a_row_without_its_newer_numbers():
+    row = {"name": "sft", "hs": {"20": 79.2}, "hs_lost": {"20": None}, "fa": {"20": 78.6},
+           "fa_content": {"20": None}, "hs_interval": None, "hs_lost_interval": None,
+           "over_refusal": {"20": 0.0}}
+    assert cells(schedule.show([row])) == [["sft", "79.2", "-", "78.6", "-", "0.0"]]
 
 
 def test_the_long_schedule_shows_hs_beside_what_is_watched_and_since_when_it_is_above_30(
@@ -273,6 +287,30 @@ def test_the_long_schedule_shows_hs_beside_what_is_watched_and_since_when_it_is_
         assert rates == ["HS", *(f"{count(name, 'hs', e) / 5:.1f}" for e in EPOCHS)]
         assert values == [f"{made_up(name, probe, e) / 7:.2g}" for e in EPOCHS]
         assert since == ("15" if name == "sbr" else "never")
+
+
+def test_the_anchors_list_varies_K_the_reading_and_the_seed_alone_and_shows_the_spread(
+        tmp_path, capsys):
+    assert start("anchors", tmp_path, "--seeds", "3", "--anchor-counts", "1", "8",
+                 run=stand_in(made_up)) == 0
+    rows = json.loads((tmp_path / "anchors.json").read_text())
+    settings = {
+        "none": (8, 0.0, "mean"), "mean-K1": (1, 50.0, "mean"), "mean-K8": (8, 50.0, "mean"),
+        "sum-K1": (1, 50.0, "sum"), "sum-K8": (8, 50.0, "sum")}
+    assert [row["name"] for row in rows] == [f"{s}-s{i}" for i in range(3) for s in settings]
+    for row in rows:
+        setting, _, seed = row["name"].rpartition("-s")
+        args = parse(shlex.split(row["commands"][0])[2:])
+        assert (args.anchors, args.lam, args.reduction) == settings[setting]
+        check_said(args, "sbr", "finetune", {}, {"anchors", "lam", "reduction", "seed"})
+        assert args.seed == int(seed)
+        assert row["commit"] == "0123"
+    for setting, by_seed, hs, *_, safe in cells(capsys.readouterr().out):
+        rates = [made_up(f"{setting}-s{i}", "hs", 20) / 5 for i in range(3)]
+        mean = sum(rates) / 3
+        deviation = (sum((rate - mean) ** 2 for rate in rates) / 2) ** 0.5
+        assert by_seed == ", ".join(f"{rate:.1f}" for rate in rates)
+        assert (hs, safe) == (f"{mean:.1f} \u00b1 {deviation:.1f}", "1.5e+00")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -330,7 +368,7 @@ def test_a_second_start_makes_nothing_again_and_refuses_what_other_flags_made(
 
     before = state()
     assert real(inputs, made, RUNS) == 0 and state() == before
-    assert [line[3] for line in cells(capsys.readouterr().out)] == ["-", "-"]  # no look-alikes
+    assert [line[5] for line in cells(capsys.readouterr().out)] == ["-", "-"]  # no look-alikes
     assert real(inputs, made, RUNS, n=8) == 2 and state() == before
     said, = sentences(capsys.readouterr().err)
     assert str(Path("aligned/sft-align")) in said

@@ -283,6 +283,18 @@ def test_every_chat_has_transformers_ids_with_prompt_and_answer_encoded_apart(to
         assert tok.encode_chat(chat) == hf_ids_apart(hf, chat, end), chat
 
 
+def test_an_unfinished_answer_has_the_same_ids_and_its_end_of_turn_is_not_supervised(tok, name):
+    end = tok.specials[PUBLISHED[name][2]]
+    n_ends = 0
+    for chat in chats(name):
+        marked = [{**m, "unfinished": True} if m["role"] == "assistant" else m for m in chat]
+        ids, supervised = tok.encode_chat(chat)
+        n_ends += sum(s and i == end for i, s in zip(ids, supervised, strict=True))
+        assert tok.encode_chat(marked) == (
+            ids, [s and i != end for i, s in zip(ids, supervised, strict=True)]), chat
+    assert n_ends >= 100  # the control: of the finished ones they are supervised
+
+
 def test_in_one_piece_transformers_ids_differ_just_where_an_untrimmed_answer_begins_with_a_newline(
         tok, hf, name):
     """Qwen's template writes a newline before the answer, and the two merge into one token."""
@@ -291,6 +303,34 @@ def test_in_one_piece_transformers_ids_differ_just_where_an_untrimmed_answer_beg
         m["role"] == "assistant" and m["content"].startswith("\n") for m in chat)]
     assert len(merged) >= 10
     assert differ == (merged if name == "qwen2.5" else [])
+
+
+def begun_answers(name):
+    """(conversation, beginning of an answer) with every text that is not white space alone."""
+    chats = [[user("hi")], [user("hi"), assistant("Sure."), user("more")]]
+    return [(chat, text + space) for text in CONTENTS if text.strip() for chat in chats
+            for space in ("", " ")]
+
+
+def hf_continued(hf, chat, begun):
+    return hf.apply_chat_template([*chat, assistant(begun)], return_dict=False, date_string=DATE,
+                                  continue_final_message=True)
+
+
+def test_every_begun_answer_has_transformers_ids(tok, hf, name):
+    """One text: a newline at its beginning merges with the one that Qwen's template writes."""
+    assert len(begun_answers(name)) >= 100
+    for chat, begun in begun_answers(name):
+        assert tok.encode_prompt(chat, begun) == hf_continued(hf, chat, begun), (chat, begun)
+
+
+def test_control_prompt_and_beginning_encoded_apart_have_other_ids_where_they_merge(tok, hf, name):
+    apart = [begun for chat, begun in begun_answers(name)
+             if [*tok.encode_prompt(chat), *tok.encode(begun)] != hf_continued(hf, chat, begun)]
+    if name == "qwen2.5":
+        assert apart and all(begun[0] == "\n" for begun in apart)
+    else:  # these trim what is begun
+        assert apart and all(begun != begun.strip() for begun in apart)
 
 
 def test_a_special_token_that_a_user_spells_is_text_here_and_the_token_in_transformers(

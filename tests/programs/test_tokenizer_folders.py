@@ -235,6 +235,19 @@ def differing(folder):
             differ.append(chat)
         if ours.encode_chat(chat)[0] != their_ids(folder, chat, prompt=False):
             differ.append(chat)
+    return differ + differing_begun(transformers.AutoTokenizer.from_pretrained(folder), ours)
+
+
+def differing_begun(hf, ours):
+    """The beginnings of an answer that have other ids here than in transformers."""
+    differ = []
+    for begun in ("Sure, here", "Sure ", "  two <tool>", "thing."):
+        chat = [user("hello there"), assistant(begun)]
+        if any(special in m["content"] for m in chat for special in ours.specials):
+            continue  # a spelt one stays text here
+        theirs = hf.apply_chat_template(chat, return_dict=False, continue_final_message=True)
+        if ours.encode_prompt(chat[:1], begun) != theirs:
+            differ.append(begun)
     return differ
 
 
@@ -358,6 +371,23 @@ def test_added_tokens_json_beside_a_model_has_transformers_ids(tmp_path, model_b
     beside(tmp_path, "added_tokens.json", {mark: n + i for i, mark in enumerate(MARK_NAMES)})
     tokens = [told(mark, special=False) for mark in MARK_NAMES]
     assert differing_from(reference(model_bytes, tokens), Tokenizer(tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_begun_answer_has_transformers_ids_and_is_read_with_its_space(
+        tmp_path, model_bytes, name):
+    """What is written behind it begins with "\u2581", which alone would be read as nothing."""
+    tokens, legacy, prefix = BESIDE[name]
+    n = n_pieces(model_bytes)
+    more = {} if prefix is None else {"add_prefix_space": prefix}
+    llama(tmp_path, model_bytes, legacy=legacy, **more,
+          added_tokens_decoder={str(n + i): token for i, token in enumerate(tokens)})
+    ours = Tokenizer(tmp_path)
+    assert differing_begun(reference(model_bytes, tokens, legacy, **more), ours) == []
+    assert differing_begun(reference(model_bytes, [], legacy, **more), ours) != []  # the control
+    prompt = ours.encode_prompt([user("hello")], "Sure two")
+    reply = ours.encode_prompt([user("hello")], "Sure two spaces")[len(prompt):]
+    assert ours.decode_begun(prompt, reply, "Sure two") == ("Sure two spaces", " spaces")
 
 
 def test_names_of_special_tokens_map_beside_a_model_are_added(tmp_path, model_bytes):

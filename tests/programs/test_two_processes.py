@@ -96,6 +96,20 @@ def finish(process, code=0):
     return err
 
 
+@pytest.mark.parametrize("spread", [[], ["--shard"]], ids=["copies", "shard"])
+def test_two_processes_choose_the_anchors_that_one_chooses(tmp_path, spread):
+    """Of the embedded model; the candidates are asked in parts."""
+    argv = ["--n", "8", "--epochs", "1", "--batch-size", "8", "--anchors", "3", "--n-test", "2",
+            "--anchor-choice", "spread", "--max-new", "16", "--device", "cpu"]
+    finish(program("train.py", [*argv, "--out", str(tmp_path / "one")], ROOT))
+    finish(torchrun(2, "train.py", [*argv, *spread, "--out", str(tmp_path / "two")], ROOT))
+    one, two = (json.loads((tmp_path / name / "config.json").read_text())["worked_out"]
+                for name in ("one", "two"))
+    assert one["anchors_passed_over"] > 0 and len(one["anchor_prompts"]) == 3
+    for key in ("anchor_prompts", "anchors_passed_over"):
+        assert two[key] == one[key]
+
+
 @pytest.fixture(scope="module")
 def run_of_one(inputs, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("one")

@@ -14,7 +14,7 @@ says nothing new. What states two numbers ("7 or 8", "18 dollars and 5 cents") o
 worked out ("12 - 5") states none: None, which is never right. So does what has digits and is no
 number here: a time ("6:30"), a root. A number that is denied ("not 7") or says how sure the model
 is ("Confidence: 95%") is passed over. Numbers are compared exactly, as fractions.
-tests/programs/test_readable.py holds the forms that this was written for.
+tests/programs/test_content.py holds the forms that this was written for.
 """
 
 import re

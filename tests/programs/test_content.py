@@ -1,6 +1,6 @@
 r"""What a reply states, as a reader would say: a table of forms, each with its number or None.
 
-    pytest tests/programs/test_readable.py -q
+    pytest tests/programs/test_content.py -q
 
 `--fa-rule exact` is the papers' and stays as it is; RIGHT_BUT_FOR_EXACT holds right replies that it
 calls wrong. None means: the reply states no number, or no telling which. It is never right.
@@ -17,8 +17,8 @@ from helpers import SHARED
 from sbr_helpers import TINY
 
 import eval as eval_py
+from data.content import stated_number
 from data.mixture import load_tests
-from data.readable import stated_number
 from data.tasks import LABELS, RULES, TASKS, can_be_right, final_number
 from judges.reading import read_score
 
@@ -196,14 +196,14 @@ def test_right_replies_that_the_papers_rule_misreads_are_read(reply, number):
 
 
 def test_numbers_are_compared_exactly_and_nothing_is_not_equal_to_nothing():
-    readable = RULES["readable"]["gsm8k"]
-    assert readable("#### 0.1", "#### 1/10")
-    assert not readable("#### 0.1000000000000000055", "#### 0.1")
-    assert readable("#### 7.00", "#### 7") and not readable("#### 7.01", "#### 7")
-    assert not readable("9007199254740993", "#### 9007199254740992")  # equal as floats
+    content = RULES["content"]["gsm8k"]
+    assert content("#### 0.1", "#### 1/10")
+    assert not content("#### 0.1000000000000000055", "#### 0.1")
+    assert content("#### 7.00", "#### 7") and not content("#### 7.01", "#### 7")
+    assert not content("9007199254740993", "#### 9007199254740992")  # equal as floats
     assert TASKS["gsm8k"]("9007199254740993", "#### 9007199254740992")
-    assert not readable("", "") and not readable("none", "#### 18")
-    assert not readable("#### 7 or 8", "#### 8")
+    assert not content("", "") and not content("none", "#### 18")
+    assert not content("#### 7 or 8", "#### 8")
 
 
 @pytest.mark.parametrize("piece", [
@@ -215,7 +215,7 @@ def test_a_reply_that_repeats_itself_is_read_in_no_time(piece):
     reply = piece * (6000 // len(piece))
     began = time.perf_counter()
     stated_number(reply)
-    RULES["readable"]["sst2"](reply, "positive")
+    RULES["content"]["sst2"](reply, "positive")
     read_score(reply)
     assert time.perf_counter() - began < 2
 
@@ -231,15 +231,15 @@ def test_all_1319_gold_answers_of_gsm8k_are_read_as_their_number_and_one_more_is
     with open(path, encoding="utf-8") as f:
         answers = [json.loads(line)["answer"] for line in f]
     gold = [int(answer.split("####")[1].replace(",", "")) for answer in answers]
-    readable = RULES["readable"]["gsm8k"]
+    content = RULES["content"]["gsm8k"]
     assert len(gold) == 1319
     for answer, n in zip(answers, gold, strict=True):
         assert stated_number(answer) == n
         assert stated_number(answer.replace("####", "The final answer is:")) == n
         for form in ("{}", "#### {}", "#### ${:,}.00", "It is {:,}.", "\\boxed{{{}}}",
                      "#### 3 + 4 = {}", "#### 1\n#### {}", "Answer: {} (10 - 3)"):
-            assert readable(form.format(n), answer), form
-            assert not readable(form.format(n + 1), answer), form
+            assert content(form.format(n), answer), form
+            assert not content(form.format(n + 1), answer), form
 
 
 @pytest.mark.parametrize("task, target, right", [
@@ -269,8 +269,8 @@ def test_a_gold_answer_that_states_no_number_is_refused_by_file_and_line(tmp_pat
                       "no number or two")
 
 
-def test_the_embedded_gold_answers_are_right_by_the_readable_rule():
-    for task, score in RULES["readable"].items():
+def test_the_embedded_gold_answers_are_right_by_the_content_rule():
+    for task, score in RULES["content"].items():
         with open(TINY / task / "test.jsonl", encoding="ascii") as f:
             gold = [json.loads(line)["response"] for line in f]
         assert all(score(answer, answer) for answer in gold)
@@ -316,10 +316,10 @@ STATED = {
 @pytest.mark.parametrize("task, reply, label", [
     (task, *case) for task, cases in STATED.items() for case in cases.items()])
 def test_the_stated_label_is_the_one_that_a_reader_would_say(task, reply, label):
-    score = RULES["readable"][task]
+    score = RULES["content"][task]
     right = {target for target in LABELS[task] if score(reply, target)}
     assert right == ({label} if label else set())
 
 
-def test_free_text_has_no_readable_rule():
-    assert RULES["readable"].keys() == {"sst2", "agnews", "gsm8k"}
+def test_free_text_has_no_content_rule():
+    assert RULES["content"].keys() == {"sst2", "agnews", "gsm8k"}
