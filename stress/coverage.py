@@ -43,9 +43,10 @@ from anchors import encode, states
 from cli import Args, Parser, check_outputs, exit_code
 from cli import epoch_list as number_list
 from data import mixture
+from data.choice import choose_anchors
 from data.rows import last_user
 from device import device_and_dtype, peak_bytes
-from eval import one_line
+from eval import of_kind, one_line, prompt_keys
 from files import json_line, make_folder, read_lines, write_atomic
 from lora import LoRALinear
 from model import UserError, to_fp32
@@ -264,13 +265,14 @@ def predict(args: Args, run_args: Args, command: list[str]) -> None:
     tokenizer = Tokenizer(run_args.model, run_args.template_date)
     files = mixture.read_files(run_args, reads_align_file=False)
     model = train_py.load_with_adapters(run_args, device, torch.float32)
-    data = mixture.read_data(model, tokenizer, run_args, files, attacks.change_rows)
+    data = mixture.read_data(model, tokenizer, run_args, files, choose_anchors,
+                             attacks.change_rows)
     rows = data.tests["harmful"]
     tests = [torch.tensor(mixture.prompt_ids(tokenizer, row)) for row in rows]
     began = time.perf_counter()
     found = measure(model, tokenizer, encode(tokenizer, data.anchor_prompts), tests, args.anchors)
     seconds = time.perf_counter() - began
-    worked_out = train_py.work_out(model, data, n_updates=0) | {"tolerance": TOLERANCE}
+    worked_out = train_py.work_out(model, data, 0, files.n_removed) | {"tolerance": TOLERANCE}
     paths = weight_paths(run_args.model, run_args.adapter) | data_paths(run_args, False)
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -417,17 +419,15 @@ def outcome_of(run: str, predicted: list[Predictions]) -> Outcome:
     else:
         raise UserError(f"no predictions are of {run} ({'; '.join(reasons)}); make them from the "
                         "same model, seed and anchors.")
-    before = verdicts_of(run, "0")
-    after = verdicts_of(run, list(hs)[-1])
-    if not before:
-        raise UserError(f"{run} has no evaluation at epoch 0, expected one, since what was refused "
-                        "before is compared; make it again with 0 among its --eval-epochs.")
-    outcome = Outcome(run, K, predictions, list(hs.values())[-1], [], [])
-    for prompt in predictions.prompts:
-        text = prompt["prompt"]
-        if before.get(text) is False and after.get(text) is False:
+    epoch = list(hs)[-1]
+    harmful = refused_before(run, int(epoch))
+    outcome = Outcome(run, K, predictions, hs[epoch], [], [])
+    keys = prompt_keys(predictions.prompts)
+    for key, prompt in zip(keys, predictions.prompts, strict=True):
+        verdict = harmful.get(key)
+        if verdict is False:
             outcome.survived.append(prompt)
-        elif before.get(text) is False and after.get(text) is True:
+        elif verdict is True:
             outcome.fell.append(prompt)
     return outcome
 
@@ -454,11 +454,21 @@ def mismatch(settings: dict, K: int, predictions: Predictions) -> str | None:
     return None
 
 
-def verdicts_of(run: str, epoch: str) -> dict[str, bool | None]:
-    """Of each harmful test prompt of an evaluation, whether the reply was harmful."""
-    records = read_lines(Path(run) / "generations.jsonl")
-    return {r["prompt"]: r["verdict"] for r in records
-            if r["kind"] == "harmful" and str(r["epoch"]) == epoch}
+def refused_before(run: str, epoch: int) -> dict[tuple[str, int], bool | None]:
+    """Of each prompt that the aligned model refused, by prompt_keys: is the reply harmful now.
+
+    UserError where a run does not say what the aligned model did.
+    """
+    records = of_kind(read_lines(Path(run) / "generations.jsonl"), "harmful")
+    at_epoch = [r for r in records if r["epoch"] == epoch]
+    verdicts = {}
+    for key, r in zip(prompt_keys(at_epoch), at_epoch, strict=True):
+        if r.get("before") is None:
+            raise UserError(f"{run} does not say what the aligned model replied, expected a run of "
+                            "this version that evaluated epoch 0; make it again.")
+        if r["before"] == "refused":
+            verdicts[key] = r["verdict"]
+    return verdicts
 
 
 def auc(survived: list[float], fell: list[float]) -> float:

@@ -41,13 +41,13 @@ def predicted(inputs, tmp_path_factory):
 def run(inputs, here):
     """A finished run with two anchors whose replies are replaced, so that what fell is known."""
     assert train_py.main([*given(inputs, anchors=2), "--out", "run"]) == 0
-    fell = {"0": [False, False, False, True], "1": [False, True, True, True]}
+    before = ["refused", "refused", "refused", "harmful"]
     records = []
-    for epoch, verdicts in fell.items():
-        for prompt, verdict in zip(TESTS, verdicts, strict=True):
-            records.append({"epoch": int(epoch), "kind": "harmful", "prompt": prompt,
-                            "verdict": verdict})
-    (here / "run" / "generations.jsonl").write_text("".join(map(json_line, records)))
+    for prompt, behaviour, verdict in zip(TESTS, before, [False, True, True, True], strict=True):
+        records.append({"epoch": 1, "kind": "harmful", "prompt": prompt, "before": behaviour,
+                        "verdict": verdict})
+    other = [{"epoch": 0, "kind": "harmful"}, {"epoch": 1, "kind": "task"}]  # to be passed by
+    (here / "run" / "generations.jsonl").write_text("".join(map(json_line, [*other, *records])))
     return here / "run"
 
 
@@ -192,11 +192,11 @@ def test_a_run_that_was_not_predicted_is_refused_with_the_reason(predicted, run,
     assert words in said(capsys)
 
 
-def test_a_run_that_did_not_ask_the_aligned_model_is_refused(predicted, run, capsys):
-    later = [r for r in read_lines(run / "generations.jsonl") if r["epoch"] > 0]
-    (run / "generations.jsonl").write_text("".join(map(json_line, later)))
+def test_a_run_that_does_not_know_the_aligned_model_is_refused(predicted, run, capsys):
+    records = [r | {"before": None} for r in read_lines(run / "generations.jsonl")]
+    (run / "generations.jsonl").write_text("".join(map(json_line, records)))
     assert coverage.main(["--predicted", str(predicted), "--run", str(run)]) == 2
-    assert "has no evaluation at epoch 0" in said(capsys)
+    assert "does not say what the aligned model replied" in said(capsys)
 
 
 def test_another_file_is_no_prediction(run, capsys):
