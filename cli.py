@@ -5,9 +5,11 @@
 
 import argparse
 import errno
+import importlib.util
 import math
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -59,7 +61,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=Help)
 
     def parse_args(self, argv=None) -> Args:
-        args = frozen(vars(super().parse_args(argv)))
+        return self._checked(super().parse_args(argv))
+
+    def parse_own(self, argv=None) -> tuple[Args, list[str]]:
+        """The flags of this program, and the words that are left for another one's parser."""
+        found, rest = self.parse_known_args(argv)
+        return self._checked(found), rest
+
+    def _checked(self, found: argparse.Namespace) -> Args:
+        args = frozen(vars(found))
         for action in self._actions:
             self._check_text(action, getattr(args, action.dest, None))
         return args
@@ -118,6 +128,29 @@ def exit_code(prog: str, work, resumable: bool = False) -> int:
         message += "; what was saved is kept, and --resume goes on from there."
     say(f"{prog}: {message}")
     return code
+
+
+def check_installed(packages) -> None:
+    """UserError where a package of requirements-dev.txt is not there."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed, expected what requirements-dev.txt "
+                            "lists; run pip install -r requirements-dev.txt.")
+
+
+FIGURES = (".png", ".pdf", ".svg")
+
+
+def check_outputs(out, figure) -> None:
+    """UserError for files that could not be written after long work; either may be None."""
+    if figure:
+        check_installed(["matplotlib"])
+    for file in filter(None, (out, figure)):
+        if not Path(file).parent.is_dir():
+            raise UserError(f"there is no folder {Path(file).parent} to write {Path(file).name} "
+                            "into; make it, or name another.")
+    if figure and Path(figure).suffix not in FIGURES:
+        raise UserError(f"--figure {figure} is none of {', '.join(FIGURES)}; name such a file.")
 
 
 def say(sentence: str) -> None:

@@ -23,7 +23,6 @@ nothing.
 
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -37,7 +36,18 @@ from pathlib import Path
 import torch
 
 from bench.arms import ARMS, REFERENCE, Arm, Work, read_work
-from cli import COUNT, POSITIVE, TINY, Args, Parser, RunFailed, at_least, exit_code
+from cli import (
+    COUNT,
+    POSITIVE,
+    TINY,
+    Args,
+    Parser,
+    RunFailed,
+    at_least,
+    check_installed,
+    check_outputs,
+    exit_code,
+)
 from device import device_and_dtype, peak_bytes
 from files import model_files, sha256, write_atomic
 from lora import adapted, add_lora, save_adapter
@@ -55,7 +65,6 @@ OF_THE_WORK = ("task", "rows", "anchors", "lam", "lr", "updates", "rounds", "tok
 NOT_RUN = {"trl": "TRL's SFTTrainer was not run, since there was no installation to try it on."}
 B_BOUND = 0.003  # of |B| at the start; about what the paper's 640 updates make of it
 ADAPTER = "adapter"  # in the folder that parent and child share: A of every arm
-FIGURES = (".png", ".pdf", ".svg")
 RESULT = "result.json"  # in the same folder: what the child measured
 
 
@@ -206,19 +215,8 @@ def run_parent(args: Args, argv: list[str]) -> None:
 
 def check_before_work(args: Args, device, packages: list[str]) -> None:
     """UserError for what would otherwise end the program after long work."""
-    if args.figure:
-        packages = [*packages, "matplotlib"]
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed, expected what requirements-dev.txt "
-                            "lists; run pip install -r requirements-dev.txt.")
-    for file in filter(None, (args.out, args.figure)):
-        if not Path(file).parent.is_dir():
-            raise UserError(f"there is no folder {Path(file).parent} to write {Path(file).name} "
-                            "into; make it, or name another.")
-    if args.figure and Path(args.figure).suffix not in FIGURES:
-        raise UserError(f"--figure {args.figure} is none of {', '.join(FIGURES)}; name such a "
-                        "file.")
+    check_installed(packages)
+    check_outputs(args.out, args.figure)
     if device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
         raise UserError("the memory of a process is read as Linux tells it, and this is another "
                         "system; run it on Linux or with --device cuda.")

@@ -51,7 +51,7 @@ def make_probe(model, tokenizer, data, optimizer, max_len: int, tokens_per_pass:
         benign=answered_batch(tokenizer, benign, max_len, tokens_per_pass, device),
         harmful_prompts=[torch.tensor(prompt_ids(tokenizer, row)) for row in harmful],
         anchors=encode(tokenizer, data.anchor_prompts))
-    openers = torch.tensor(sorted({tokenizer.encode(w)[0] for w in OPENERS}), device=device)
+    openers = opener_ids(tokenizer).to(device)
     adapters_then = [(m.lora_A.detach().clone(), m.lora_B.detach().clone())
                      for _, m in adapted(model)]
     theta_then = copies(params)
@@ -111,13 +111,12 @@ def answered_batch(tokenizer, rows, max_len: int, tokens_per_pass: int, device) 
 def measure(model, probes: Probes) -> States:
     """Attention outputs, h, and the logits of the reply's first token, as the model is now."""
     h = to_fp32(states(model, probes.harmful_prompts))
-    head = model.model.embed_tokens if model.config.tied else model.lm_head
     return States(
         a_harmful=attention_outputs(model, probes.harmful),
         a_benign=attention_outputs(model, probes.benign),
         h=h,
         h_anchors=to_fp32(states(model, probes.anchors)) if probes.anchors else None,
-        logits=F.linear(h, to_fp32(head.weight)))  # h is all that the head sees
+        logits=first_logits(model, h))
 
 
 def attention_outputs(model, batch) -> list[torch.Tensor]:
@@ -183,13 +182,29 @@ def drifts(then: States, now: States, harmful_lengths: list[int]) -> dict:
     return numbers
 
 
+def opener_ids(tokenizer) -> torch.Tensor:
+    """The tokens that open a refusal: the first one of each word of OPENERS."""
+    return torch.tensor(sorted({tokenizer.encode(word)[0] for word in OPENERS}))
+
+
+def first_logits(model, h) -> torch.Tensor:
+    """h (prompts, C), which is all that the head sees -> logits (prompts, V) of the first token."""
+    head = model.model.embed_tokens if model.config.tied else model.lm_head
+    return F.linear(h, to_fp32(head.weight))
+
+
+def margins(logits, openers) -> torch.Tensor:
+    """By how much a refusal's opening leads (prompts,): its largest logit minus the others'."""
+    others = logits.index_fill(-1, openers, float("-inf")).amax(-1)
+    return logits[:, openers].amax(-1) - others
+
+
 def first_token(then, now, openers) -> dict:
-    """KL of the first token's distribution, and by how much a refusal's opening leads."""
+    """KL of the first token's distribution, and the mean margin."""
     log_p_then = then.log_softmax(-1)
     log_p_now = now.log_softmax(-1)
-    others = now.index_fill(-1, openers, float("-inf")).amax(-1)
     return {"kl": F.kl_div(log_p_now, log_p_then, log_target=True, reduction="batchmean"),
-            "margin": (now[:, openers].amax(-1) - others).mean()}
+            "margin": margins(now, openers).mean()}
 
 
 # gradients

@@ -20,7 +20,7 @@ from cli import Args, Parser
 from data import prepare as prepare_py
 from lora import adapt, adapted, load_adapter, save_adapter
 from model import load_model
-from stress import schedule
+from stress import coverage, schedule
 from tests import parity
 
 PARSED = {
@@ -28,6 +28,7 @@ PARSED = {
     "eval.py": lambda: eval_py.parse([]),
     "generate.py": lambda: generate_py.parse(["--prompt", "Hi"]),
     "stress.schedule": lambda: schedule.parse(["table"]),
+    "stress.coverage": lambda: coverage.parse([])[0],
     "data.prepare": lambda: prepare_py.parse(["--out", "x"]),
     "tests.parity": lambda: parity.parse([]),
 }
