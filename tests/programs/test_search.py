@@ -218,7 +218,8 @@ def rows_of_search(searched):
     """The rows of search.json, by the names that schedule.py writes."""
     def row(one, method, epochs):
         rates = ("hs", "fa", "fa_content", "over_refusal")
-        return {"name": one.name, "method": method, "setting": one.setting, "intervals": {"hs": None},
+        return {"name": one.name, "method": method, "setting": one.setting,
+                "intervals": {"hs": None},
                 **{rate: {e: getattr(of, rate) for e, of in epochs.items()} for rate in rates}}
 
     sft = searched.undefended
