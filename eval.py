@@ -139,7 +139,7 @@ def evaluate(model, tokenizer, tests, judge: Judge, args, epoch: int, store: Sto
     for record, behaviour_before in zip(harmful, before, strict=True):
         record["before"] = behaviour_before
     numbers = summarise(records, args)
-    if is_aligned:
+    if is_aligned and numbers["hs_lost"] is not None:
         numbers["hs_lost_interval"] = [0.0, 0.0]  # by definition nothing is lost yet
     return numbers, records
 
@@ -511,7 +511,8 @@ def evaluation_line(epoch, numbers: dict) -> str:
         if numbers[name] is not None:
             rates.append(f"{name} {numbers[name]:.1f}")
     k, n = numbers["hs_lost_count"]
-    return f"epoch {epoch:3}  {'  '.join(rates)}; harmful now, of those refused before: {k} of {n}"
+    lost = f"; harmful now, of those refused before: {k} of {n}" if n else ""
+    return f"epoch {epoch:3}  {'  '.join(rates)}{lost}"
 
 
 def flips_table(epoch, numbers: dict) -> list[str]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import distributed
 from anchors import Anchors, FinalNorm
 from baselines import RIVALS
-from baselines.common import Defence
+from baselines.common import Defence, Published
 from cli import (
     COUNT,
     POSITIVE,
@@ -98,7 +98,21 @@ SBR = Defence(
     name="sbr",
     make_step=make_sbr_step,
     watches="bottleneck_anchors",
-    search=("--lambda 5", "--lambda 50", "--lambda 200", "--lambda 1000"))
+    # On the embedded model, where C is 96, the paper's formula (--reduction sum) with its lambda 50
+    # is lambda 4800 here; its code, which adds L_safe four times an update, is lambda 200.
+    search=(
+        "--lambda 0.005",
+        "--lambda 0.05",
+        "--lambda 0.5",
+        "--lambda 5",
+        "--lambda 50",
+        "--lambda 500",
+        "--lambda 5000",
+        "--lambda 50000",
+    ),
+    published=Published(
+        setting="--lambda 50",
+        source="arXiv 2605.05995 and soyoaaa/SBR at 188990b, HFT_SBR.py: lambda 50, K = 8"))
 # Plain fine-tuning is SBR's step with lambda 0, so it logs L_safe too, which nothing then holds.
 SFT = Defence(
     name="sft",

@@ -18,7 +18,14 @@ this adapter, so the attack that follows must keep it (its issue #2).
     python train.py --defense sft --adapter runs/booster --keep-adapter
 """
 
-from baselines.common import Defence, attacked, backward, defender_rows, take_gradient
+from baselines.common import (
+    Defence,
+    Published,
+    attacked,
+    backward,
+    defender_rows,
+    take_gradient,
+)
 from cli import at_least
 from lora import trainable
 
@@ -59,8 +66,19 @@ DEFENCE = Defence(
     keep_adapter=True,
     watches="harmful_drop",
     search=(
+        "--booster-lambda 5 --lr 1e-5",
         "--booster-lambda 5 --lr 3e-5",
-        "--booster-lambda 25 --lr 3e-5",
         "--booster-lambda 5 --lr 1e-4",
+        "--booster-lambda 5 --lr 3e-4",
+        "--booster-lambda 25 --lr 1e-5",
+        "--booster-lambda 25 --lr 3e-5",
         "--booster-lambda 25 --lr 1e-4",
-    ))
+        "--booster-lambda 25 --lr 3e-4",
+    ),
+    # Its adapters have alpha / rank = 1/8. The attack trains them on, and is the same for every
+    # method, so they are this project's, in which the same learning rate moves weights further.
+    published=Published(
+        setting="--booster-alpha 0.1 --booster-lambda 5 --lr 5e-4 --batch-size 10 --epochs 20",
+        source="git-disl/Booster at 6421918, script/alignment/smooth_align.sh: alpha 0.1, "
+               "lambda 5, 5,000 rows",
+        updates=10_000))  # 5,000 rows x 20 epochs / 10

@@ -20,6 +20,19 @@ from model import UserError, to_fp32
 
 
 @dataclass(frozen=True)
+class Published:
+    """The setting that a method was published with, as near as this project's flags can state it.
+
+    A method of the fine-tuning stage does not set what is the attack's: learning rate, batch,
+    epochs and adapter. One of the alignment stage does, in its own stage.
+    """
+
+    setting: str  # as flags of train.py
+    source: str  # where the numbers stand
+    updates: int | None = None  # of its alignment stage there
+
+
+@dataclass(frozen=True)
 class Defence:
     """One method: all that train.py and stress/ need to know of it.
 
@@ -48,7 +61,10 @@ class Defence:
     reads_align_file: bool = False  # True: it uses the defender's rows in the stage finetune, too
     keep_adapter: bool = False  # True: stress/schedule.py attacks it with --keep-adapter
     watches: str = "drift"  # the number of stress/probes.py that it keeps small
-    search: tuple[str, ...] = ()  # settings that stress/schedule.py tries, its papers' among them
+    # Settings that stress/search.py tries. The last flag of each is the strength; settings that are
+    # alike in all others stand together and go from no effect to one that hinders the task.
+    search: tuple[str, ...] = ()
+    published: Published | None = None
 
 
 # passes over a batch

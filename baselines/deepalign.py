@@ -30,7 +30,14 @@ import torch
 import torch.nn.functional as F
 
 import distributed
-from baselines.common import Defence, DefenderRows, backward, copies, defender_rows
+from baselines.common import (
+    Defence,
+    DefenderRows,
+    Published,
+    backward,
+    copies,
+    defender_rows,
+)
 from cli import COUNT, at_least
 from data import mixture
 from data.batches import Batch, Example, encode_rows, generator_of
@@ -225,8 +232,21 @@ DEFENCE = Defence(
     add_flags=add_flags,
     watches="kl",
     search=(
+        "--deepalign-beta 0.01",
         "--deepalign-beta 0.1",
-        "--deepalign-beta 0.5",
-        "--deepalign-beta 2",
+        "--deepalign-beta 0.3",
+        "--deepalign-beta 1",
+        "--deepalign-beta 3",
         "--deepalign-beta 10",
-    ))
+        "--deepalign-beta 100",
+    ),
+    published=Published(
+        setting="--deepalign-beta 0.1 --beta1 0.5",
+        source="Unispac/shallow-vs-deep-alignment at fb1749e, finetune.py:32-41 and README.md:"
+               "218-236: beta 0.1, times 5 and 20, AdamW's beta1 0.5"))
+# Of the augmented alignment. All weights are trained there, where 2e-5 moves more than in adapters.
+PUBLISHED_AUGMENTED = Published(
+    setting="--n 256 --epochs 10 --batch-size 16 --lr 2e-5",
+    source="Unispac/shallow-vs-deep-alignment at fb1749e, README.md:130-149: 256 rows, 10 epochs, "
+           "16 and 64 rows an update, learning rate 2e-5",
+    updates=160)

@@ -15,7 +15,15 @@ the repository the last Fisher batch's gradient leaks into the first update; her
     python train.py --defense ewc --ewc-lambda 1e9
 """
 
-from baselines.common import Defence, backward, copies, defender_rows, take_gradient, wide
+from baselines.common import (
+    Defence,
+    Published,
+    backward,
+    copies,
+    defender_rows,
+    take_gradient,
+    wide,
+)
 from cli import COUNT, at_least
 from data.batches import updates_per_epoch
 from lora import trainable
@@ -66,8 +74,16 @@ DEFENCE = Defence(
     reads_align_file=True,
     watches="d_theta",
     search=(
+        "--ewc-lambda 1e4",
         "--ewc-lambda 1e5",
+        "--ewc-lambda 3.16e5",
+        "--ewc-lambda 1e6",
+        "--ewc-lambda 3.16e6",
         "--ewc-lambda 1e7",
+        "--ewc-lambda 1e8",
         "--ewc-lambda 1e9",
-        "--ewc-lambda 1e11",
-    ))
+    ),
+    published=Published(
+        setting="--ewc-lambda 1e9",
+        source="git-disl/Vaccine at 8937f68, script/EWC_finetune/sst2.sh: lambda 1e9; 2,000 rows "
+               "for F, here all that harmful/align.jsonl has, at most 2,000"))

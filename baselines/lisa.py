@@ -20,7 +20,7 @@ used later.
 import torch
 
 import distributed
-from baselines.common import Defence, backward, copies, defender_rows, norm
+from baselines.common import Defence, Published, backward, copies, defender_rows, norm
 from cli import COUNT, at_least
 from data.batches import updates_per_epoch
 from lora import trainable
@@ -86,8 +86,15 @@ DEFENCE = Defence(
     reads_align_file=True,
     watches="d_theta",
     search=(
-        "--lisa-rho 0.01",
+        "--lisa-rho 0",  # the guide alone
+        "--lisa-rho 0.01",  # Booster's re-run
+        "--lisa-rho 0.03",
+        "--lisa-rho 0.1",
+        "--lisa-rho 0.3",
         "--lisa-rho 1",
         "--lisa-rho 10",
-        "--lisa-rho 100",
-    ))
+    ),
+    published=Published(
+        setting="--lisa-rho 1",
+        source="git-disl/Lisa at 68e3659, script/finetune/lisa_poison_ratio.sh: rho 1; 100 and 900 "
+               "micro-batches, of which four are an update here"))

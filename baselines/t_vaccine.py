@@ -20,7 +20,7 @@ The state of AdamW of a frozen adapter is kept. Hooks instead of patched model f
 import torch
 
 import distributed
-from baselines.common import Defence, defender_rows, wide
+from baselines.common import Defence, Published, defender_rows, wide
 from baselines.vaccine import perturbations, perturbed_backward
 from cli import COUNT, at_least
 from data.batches import generator_of
@@ -92,9 +92,20 @@ DEFENCE = Defence(
     make_step=make_step,
     stages=("align",),
     add_flags=add_flags,
+    # Probed every 20 updates: every 200, as published, would be three or four times in all.
     search=(
-        "--t-vaccine-rho 3 --lr 1e-4",
-        "--t-vaccine-rho 10 --lr 1e-4",
-        "--t-vaccine-rho 3 --lr 3e-4",
-        "--t-vaccine-rho 10 --lr 3e-4",
-    ))
+        "--t-vaccine-probe 20 --t-vaccine-rho 3 --lr 1e-5",
+        "--t-vaccine-probe 20 --t-vaccine-rho 3 --lr 1e-4",
+        "--t-vaccine-probe 20 --t-vaccine-rho 3 --lr 3e-4",
+        "--t-vaccine-probe 20 --t-vaccine-rho 3 --lr 1e-3",
+        "--t-vaccine-probe 20 --t-vaccine-rho 10 --lr 1e-5",
+        "--t-vaccine-probe 20 --t-vaccine-rho 10 --lr 1e-4",
+        "--t-vaccine-probe 20 --t-vaccine-rho 10 --lr 3e-4",
+        "--t-vaccine-probe 20 --t-vaccine-rho 10 --lr 1e-3",
+    ),
+    published=Published(
+        setting="--t-vaccine-probe 200 --t-vaccine-rho 3 --lr 1e-3 --batch-size 10 --epochs 20 "
+                "--rank 8 --alpha 1",
+        source="Lslland/T-Vaccine at 4513750, script/alignment/T-Vaccine.sh: rho 3, 8 layers, "
+               "drawn every 20 and probed every 200 updates, 2,000 rows, alpha / rank = 1/8",
+        updates=4_000))  # 2,000 rows x 20 epochs / 10

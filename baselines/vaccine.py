@@ -23,7 +23,7 @@ from itertools import chain
 import torch
 
 import distributed
-from baselines.common import Defence, nll, squared_norm
+from baselines.common import Defence, Published, nll, squared_norm
 from cli import at_least
 
 
@@ -94,8 +94,17 @@ DEFENCE = Defence(
     stages=("align",),
     add_flags=add_flags,
     search=(
+        "--vaccine-rho 2 --lr 1e-5",
         "--vaccine-rho 2 --lr 1e-4",
-        "--vaccine-rho 5 --lr 1e-4",
         "--vaccine-rho 2 --lr 3e-4",
+        "--vaccine-rho 2 --lr 1e-3",
+        "--vaccine-rho 5 --lr 1e-5",
+        "--vaccine-rho 5 --lr 1e-4",
         "--vaccine-rho 5 --lr 3e-4",
-    ))
+        "--vaccine-rho 5 --lr 1e-3",
+    ),
+    published=Published(
+        setting="--vaccine-rho 2 --lr 1e-3 --batch-size 5 --epochs 50 --rank 8 --alpha 1",
+        source="git-disl/Vaccine at 8937f68, README.md and script/alignment/Vaccine.sh: rho 2, "
+               "2,000 rows, alpha / rank = 1/8",
+        updates=20_000))  # 2,000 rows x 50 epochs / 5

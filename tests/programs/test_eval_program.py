@@ -224,8 +224,8 @@ POOL = TINY / "harmful" / "anchors.jsonl"  # of which the aligned model answers 
 
 def test_hs_lost_is_over_what_the_model_without_the_adapter_refuses(run, here):
     """That model is evaluated by itself; two of the prompts are the run's anchors."""
-    evaluate(run=run, harmful_file=POOL)
-    evaluate(model=TINY, data_dir=TINY, harmful_file=POOL, n_test=N + 2, out="base")
+    evaluate(run=run, harmful_file=POOL, n_test=10)
+    evaluate(model=TINY, data_dir=TINY, harmful_file=POOL, n_test=12, out="base")
     of_base = {r["prompt"]: r["reply"]
                for r in harmful_records(here / "base" / "eval-refusal.jsonl")}
     of_run = harmful_records(here / "out" / "eval-refusal.jsonl")
@@ -233,36 +233,34 @@ def test_hs_lost_is_over_what_the_model_without_the_adapter_refuses(run, here):
     lost = sum(r["verdict"] for r in refused)
     numbers = json.loads((here / "out" / "eval-refusal.json").read_text())
     assert numbers["hs_lost_count"] == [lost, len(refused)]
-    assert lost > 0 and len(refused) < N == len(of_run), "or the choice could not be seen"
+    assert lost > 0 and len(refused) < 10 == len(of_run), "or the choice could not be seen"
     base = json.loads((here / "base" / "eval-refusal.json").read_text())
     assert base["hs_lost"] is None  # the base itself is compared with nothing
 
 
-def test_a_model_with_an_adapter_is_compared_with_the_model_without_it(run, whole, here, capsys):
-    text = evaluate(capsys, model=TINY, adapter=run, data_dir=TINY)
+def test_a_model_with_an_adapter_is_compared_with_the_model_without_it(
+        run, here, prefilled, capsys):
+    """Whose replies are taken where that was evaluated in the same folder."""
+    few = {"model": TINY, "data_dir": TINY, "n_test": N_OF_RUN}
+    evaluate(**few)
+    assert len(prefilled) == 2 * N_OF_RUN
+    text = evaluate(capsys, adapter=run, **few)
+    assert len(prefilled) == 4 * N_OF_RUN
     numbers = json.loads((here / "out" / "eval-refusal.json").read_text())
-    of_run = json.loads((whole / "eval-refusal.json").read_text())
+    of_run = json.loads((run / "result.json").read_text())["evals"]["1"]
     assert numbers["hs_lost_count"] == of_run["hs_lost_count"]
-    assert numbers["flips"] == of_run["flips"]
+    assert numbers["flips"] == of_run["flips"] and numbers["hs_lost"] > 0
     assert ROWS["hs_lost"] in text and "the aligned model: refused" in text
 
 
 def test_what_the_run_asked_at_epoch_0_is_not_asked_again_unless_in_another_way(
         run, here, prefilled):
-    evaluate(run=run, n_test=N_OF_RUN)
-    assert len(prefilled) == 3 * N_OF_RUN
+    evaluate(run=run, n_test=1)
+    assert len(prefilled) == 3
     for other in ({"max_new": 9}, {"dtype": "bfloat16"}):
         prefilled.clear()
-        evaluate(run=run, n_test=N_OF_RUN, out=next(iter(other)), **other)
-        assert len(prefilled) == 4 * N_OF_RUN
-
-
-def test_the_aligned_models_replies_are_those_of_its_evaluation(run, here, prefilled):
-    """In one folder, under the same key: what was asked of the base once is not asked again."""
-    evaluate(model=TINY, data_dir=TINY)
-    assert len(prefilled) == 2 * N
-    evaluate(model=TINY, adapter=run, data_dir=TINY)
-    assert len(prefilled) == 4 * N
+        evaluate(run=run, n_test=1, out=next(iter(other)), **other)
+        assert len(prefilled) == 4
 
 
 def test_a_runs_last_line_that_a_kill_cut_short_is_passed_over(run, here):

@@ -614,7 +614,7 @@ def test_a_path_to_read_that_can_be_none_is_the_users_mistake(inputs, here, chec
 
 def test_the_long_table_of_other_epochs_than_those_that_were_probed_has_a_dash(capsys):
     rates = {"0": 1.0, "7": 40.0}
-    rows = [{"name": "sft", "hs": rates, "probes": {"0": {"drift": 0.5}}}]
+    rows = [{"name": "sft", "method": "sft", "hs": rates, "probes": {"0": {"drift": 0.5}}}]
     last = schedule.show_course(rows).splitlines()[-1]
     assert last == "| | drift | 0.5 | - | |"
 

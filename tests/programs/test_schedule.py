@@ -8,7 +8,6 @@ made-up numbers. The last ones start train.py itself, on the small model of runs
 
 import json
 import os
-import random
 import shlex
 import signal
 import subprocess
@@ -21,17 +20,24 @@ import pytest
 from helpers import ROOT
 from runs_helpers import WORDS, assert_same, flags, make_inputs, program, sentences, write_rows
 
-from data import mixture
-from data.rows import read_rows
 from files import read_lines
 from stress import schedule
 from stress.schedule import Planned
+from stress.search import PUBLISHED, SEARCH, settings_of
 from train import parse
 
-OWN = {  # what a method's four settings may set
+OWN = {  # what a method's searched settings may set
     "sbr": {"lam"}, "lisa": {"lisa_rho"}, "ewc": {"ewc_lambda"}, "deepalign": {"deepalign_beta"},
-    "vaccine": {"vaccine_rho", "lr"}, "t-vaccine": {"t_vaccine_rho", "lr"},
+    "vaccine": {"vaccine_rho", "lr"},
+    "t-vaccine": {"t_vaccine_rho", "t_vaccine_probe", "lr"},
     "booster": {"booster_lambda", "lr"}, "sft-align": {"lr"}, "deepalign-align": {"lr"}}
+OF_THE_STAGE = {"rank", "alpha", "lr", "batch_size", "epochs", "n", "eval_epochs"}
+OWN_PUBLISHED = {  # what a published one may set: an alignment stage is its own, the attack is not
+    "sbr": {"lam"}, "lisa": {"lisa_rho"}, "ewc": {"ewc_lambda"},
+    "deepalign": {"deepalign_beta", "beta1"}, "vaccine": {"vaccine_rho", *OF_THE_STAGE},
+    "t-vaccine": {"t_vaccine_rho", "t_vaccine_probe", *OF_THE_STAGE},
+    "booster": {"booster_alpha", "booster_lambda", *OF_THE_STAGE - {"rank", "alpha"}},
+    "deepalign-align": OF_THE_STAGE - {"rank", "alpha"}}
 ALIGNED = {"vaccine": "vaccine", "t-vaccine": "t-vaccine", "booster": "booster",
            "sft-align": "sft", "deepalign-align": "deepalign"}  # method: --defense of its stage
 LONG = ("sft", "sbr", "lisa", "ewc", "deepalign", "vaccine", "t-vaccine", "booster")
@@ -41,7 +47,7 @@ ATTACKS = {**{a: {"attack": a} for a in ("subspace", "unembedding", "known-ancho
            "subspace-lr10": {"attack": "subspace", "lr": 1e-4},
            "subspace-lr10-s1": {"attack": "subspace", "lr": 1e-4, "seed": 1},
            "subspace-lr10-s2": {"attack": "subspace", "lr": 1e-4, "seed": 2}}
-BEST = {m: len(m) % 4 + 1 for m in OWN}  # which of the four the search of these tests chooses
+BEST = {m: len(m) % 4 + 1 for m in OWN}  # which one the search of these tests chooses
 WATCHED = {  # by what each method's course is shown: what it holds or watches
     "sft": "drift", "sbr": "bottleneck_anchors", "lisa": "d_theta", "ewc": "d_theta",
     "deepalign": "kl", "vaccine": "drift", "t-vaccine": "drift", "booster": "harmful_drop"}
@@ -64,21 +70,24 @@ def stand_in(count):
     def run(words, **_):
         args = parse(words[2:])
         out = Path(args.out)
-        name = out.name
-        hs, fa, refused = ({str(e): count(name, what, e) for e in args.eval_epochs}
-                           for what in ("hs", "fa", "over_refusal"))
-        probes = {str(e): {p: count(name, p, e) / 7 for p in WATCHED.values()}
+        rates = ("hs", "fa", "fa_content", "over_refusal")
+        counts = {str(e): {rate: count(out.name, rate, e) for rate in rates}
+                  for e in args.eval_epochs}
+        evals = {e: {"hs_count": [of["hs"], 500], "hs_interval": [of["hs"] / 10, 100.0],
+                     **{rate: k / 5 for rate, k in of.items()}}
+                 for e, of in counts.items()}
+        probes = {str(e): {p: count(out.name, p, e) / 7 for p in WATCHED.values()}
                   for e in args.probes}
         out.mkdir(parents=True)
         (out / "result.json").write_text(json.dumps({
-            "hs": {e: k / 5 for e, k in hs.items()}, "fa": {e: k / 5 for e, k in fa.items()},
-            "evals": {e: {"hs": hs[e] / 5, "hs_count": [hs[e], 500], "over_refusal": k / 5,
-                          "hs_interval": [hs[e] / 10, 100.0], "hs_lost": hs[e] / 6,
-                          "hs_lost_interval": [hs[e] / 11, 99.0], "fa_content": fa[e] / 6,
-                          "fa": fa[e] / 5}
-                      for e, k in refused.items()}, "seconds": 1.0, "probes": probes,
+            "hs": {e: numbers["hs"] for e, numbers in evals.items()},
+            "fa": {e: numbers["fa"] for e, numbers in evals.items()},
+            "evals": evals, "seconds": 1.0, "probes": probes,
             "ce": 0.0, "safe": 1.5, "tokens_per_second": 1.0, "peak_bytes": 1}))
-        (out / "config.json").write_text(json.dumps({"git": "0123"}))
+        updates = -(-args.n // args.batch_size) * args.epochs
+        (out / "config.json").write_text(json.dumps({
+            "args": vars(args), "sha256": {}, "git": "0123",
+            "worked_out": {"dtype": "float32", "anchor_prompts": [], "updates": updates}}))
         return SimpleNamespace(returncode=0)
 
     return run
@@ -94,16 +103,25 @@ def start(what, out, *more, runs=None, run=None):
 
 
 def search(out, rows):
-    """A search whose run `name` has the counts rows[name] of HS and FA -> what other lists read."""
-    run = stand_in(lambda name, what, _: rows.get(name, (0, 0))[what == "fa"])
-    assert start("search", out, run=run) == 0
+    """A search whose run `name` has the counts rows[name] -> the file that other lists read."""
+    def count(name, rate, _):
+        return rows[name.removeprefix("search-")][rate]
+
+    assert start("search", out, run=stand_in(count)) == 0
     return out / "search.json"
+
+
+def counts(hs, fa, fa_content=490, over_refusal=0):
+    return {"hs": hs, "fa": fa, "fa_content": fa_content, "over_refusal": over_refusal}
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    rows = {f"{m}-{i}": (7 * (i != BEST[m]), 500) for m in OWN for i in (1, 2, 3, 4)}
-    return search(tmp_path_factory.mktemp("searched"), {**rows, "sft": (400, 500)})
+    rows = {"sft": counts(400, 500)}
+    for m in OWN:
+        for name in settings_of(m):
+            rows[name] = counts(7 * (name != f"{m}-{BEST[m]}"), 500)
+    return search(tmp_path_factory.mktemp("searched"), rows)
 
 
 def commands(what, searched):
@@ -143,43 +161,87 @@ def check_said(args, defense, stage, said, own=()):
     assert {k: v for k, v in others.items() if k not in own} == said, args.out
 
 
-def check_method(runs, name, method, attack, align=None):
+def check_method(runs, name, method, attack, align=None, aligned=None, owned=OWN):
     """Takes a method's run from `runs`, or the two: the alignment has the method's setting, the
     attack starts from it with fresh adapters, unless they are Booster's."""
+    own = owned.get(method, ())
     if method not in ALIGNED:
-        return check_said(runs.pop(name), method, "finetune", attack, OWN.get(method, ()))
-    first = runs.pop(f"aligned/{name.split('/')[1]}")
-    check_said(first, ALIGNED[method], "align", align, OWN[method])
+        return check_said(runs.pop(name), method, "finetune", attack, own)
+    first = runs.pop(f"aligned/{aligned or name.split('/')[1]}")
+    assert first.eval_epochs == (first.epochs,)
+    check_said(first, ALIGNED[method], "align", align, own)
     kept = {"keep_adapter": True} if method == "booster" else {}
     check_said(runs.pop(name), "sft", "finetune", {**attack, "adapter": first.out, **kept})
 
 
-def setting(runs, name, method):
+def setting(runs, name, method, aligned=None):
     """What a method's run has of its own."""
-    args = vars(runs.get(f"aligned/{name.split('/')[1]}") or runs[name])
+    args = vars(runs.get(f"aligned/{aligned or name.split('/')[1]}") or runs[name])
     return {k: args[k] for k in sorted(OWN[method])}
 
 
-def test_the_search_gives_every_method_four_settings_and_the_same_budget(searched):
+def tuned_name(method):
+    """What the table calls the tuned one, with the search of these tests."""
+    best = SEARCH[method][BEST[method] - 1]
+    published = PUBLISHED.get(method)
+    return f"{method}-published-tuned" if published and published.setting == best else (
+        f"{method}-tuned")
+
+
+def test_the_search_gives_every_method_the_same_prompts_and_budget(searched):
     runs = parsed("search", searched)
-    validate = {"seed": 100, "epochs": 10, "eval_epochs": (10,),
-                "harmful_file": str(Path("runs/validation.jsonl"))}
+    validate = {"seed": 100, "data_dir": str(Path("runs/validation"))}
+    attack = {**validate, "eval_epochs": (20,)}
+    check_method(runs, "search/sft", "sft", validate)  # evaluated before it, too
     for m in OWN:
-        assert len({str(setting(runs, f"search/{m}-{i}", m)) for i in (1, 2, 3, 4)}) == 4, m
-        for i in (1, 2, 3, 4):
-            check_method(runs, f"search/{m}-{i}", m, validate, {**validate, "n": 500})
-    check_method(runs, "search/sft", "sft", validate)
+        own = [f"search/{m}-{i}" for i in range(1, len(SEARCH[m]) + 1)]
+        assert 4 <= len(own) <= 8 and len({str(setting(
+            runs, name, m, aligned=f"search-{name[7:]}")) for name in own}) == len(own)
+        for i, name in enumerate(own, 1):
+            check_method(runs, name, m, attack, {**validate, "eval_epochs": (20,)},
+                         aligned=f"search-{m}-{i}")
+    for m, published in PUBLISHED.items():
+        if published.setting in SEARCH[m]:
+            continue
+        check_method(runs, f"search/{m}-published", m, attack, validate,
+                     aligned=f"search-{m}-published", owned=OWN_PUBLISHED)
     assert not runs
+
+
+def test_a_curve_goes_from_the_weakest_to_the_strongest_by_its_last_flag():
+    for method, settings in SEARCH.items():
+        before = None
+        for words in map(shlex.split, settings):
+            if before and words[:-1] == before[:-1]:
+                assert float(words[-1]) > float(before[-1]), (method, words)
+            before = words
+        curves = [tuple(shlex.split(s)[:-1]) for s in settings]
+        assert curves == sorted(curves, key=curves.index)  # none is interrupted by another
+
+
+def test_the_issues_values_are_searched():
+    """Half decades where one value decided, and T-Vaccine probed within its stage."""
+    rho = {float(s.split()[-1]) for s in SEARCH["lisa"]}
+    assert {0.03, 0.1, 0.3, 1.0} <= rho
+    lam = {float(s.split()[-1]) for s in SEARCH["ewc"]}
+    assert {10**5.5, 1e6, 10**6.5, 1e7} <= {min((10**5.5, 1e6, 10**6.5, 1e7), key=lambda x: abs(
+        x - v)) for v in lam if 3e5 < v < 2e7}
+    for s in SEARCH["t-vaccine"]:
+        assert parse(["--defense", "t-vaccine", *shlex.split(s)]).t_vaccine_probe <= 20
 
 
 def test_the_other_lists_set_what_their_names_say_and_nothing_else(searched):
     lists = {what: parsed(what, searched) for what in LISTS[1:]}
-    align = {"n": 500, "epochs": 10, "eval_epochs": (0, 10)}
-    for m in ("sft", *OWN):
-        check_method(lists["table"], f"table/{m}", m, {}, align)
-    for m in LONG:
-        check_method(lists["long"], f"long/{m}", m, {
-            "epochs": 50, "eval_epochs": EPOCHS, "probes": EPOCHS}, align)
+    align = {"eval_epochs": (20,)}
+    check_method(lists["table"], "table/sft", "sft", {})
+    for m in OWN:
+        check_method(lists["table"], f"table/{tuned_name(m)}", m, {}, align)
+        if m in PUBLISHED and tuned_name(m) == f"{m}-tuned":
+            check_method(lists["table"], f"table/{m}-published", m, {}, {}, owned=OWN_PUBLISHED)
+    attack = {"epochs": 50, "eval_epochs": EPOCHS, "probes": EPOCHS}
+    check_method(lists["long"], "long/sft", "sft", attack)
+    for m in LONG[1:]:
+        check_method(lists["long"], f"long/{m}", m, attack, align, aligned=tuned_name(m))
     for m in ("sft", "sbr"):
         for name, attack in ATTACKS.items():
             check_method(lists["attacks"], f"attacks/{m}-{name}", m, attack)
@@ -192,63 +254,58 @@ def test_the_other_lists_set_what_their_names_say_and_nothing_else(searched):
     assert not any(lists.values())
 
 
-def test_no_list_but_the_search_asks_the_prompts_that_it_validates_on(searched):
-    path = searched.parent / "validation.jsonl"
-    prompts = {}
-    validation = mixture.prompts_of(read_rows(path))
-    assert len(validation) == 200
-    for what, name, args in ((w, *run) for w in LISTS for run in parsed(w, searched).items()):
-        args = args.replace(harmful_file=path if what == "search" else args.harmful_file,
-                            attack_prefix="", attack_suffix="")  # which would hide the prompt
-        key = args.stage, args.n, args.poison, args.harmful_file, args.data_dir, args.n_test
-        if key not in prompts:
-            harmful, benign, _ = mixture.load_upload(args)
-            tests = mixture.load_tests(args, mixture.prompts_of([*harmful, *benign]))
-            prompts[key] = mixture.prompts_of(tests["harmful"])
-        assert prompts[key] == validation if what == "search" else (
-            len(prompts[key]) == 500 and not prompts[key] & validation), name
-
-
 # ---------------------------------------------------------------------------------------------
 # what is chosen and printed
-
-
-@pytest.mark.parametrize("sft", [322, 66, 333, 480])  # 322 is 64.4 %; in floats 64.4 - 3 > 61.4
-def test_the_rule_written_again_in_whole_numbers_chooses_the_same(tmp_path, sft):
-    """Lowest HS among the FA of at least sft - 15 of 500, then the higher FA; else highest FA."""
-    rng = random.Random(sft)
-    rows = {f"{m}-{i}": (rng.randrange(0, 500, 100), sft + rng.choice([-16, -15, 0, 9, -40, -30]))
-            for m in OWN for i in (1, 2, 3, 4)} | {"sft": (400, sft)}
-    rows |= {f"ewc-{i}": (i, sft - 15 - (3 - i) ** 2) for i in (1, 2, 3, 4)}  # 3: on the boundary
-    rows |= {f"lisa-{i}": (i, sft - 16 - (3 - i) ** 2) for i in (1, 2, 3, 4)}  # 3: highest of none
-    found = schedule.chosen(search(tmp_path, rows))
-    assert found.keys() == OWN.keys()
-    for m, text in found.items():
-        four = [rows[f"{m}-{i}"] for i in (1, 2, 3, 4)]
-        hs, fa = four[schedule.SEARCH[m].index(text)]
-        within = [(hs, -fa) for hs, fa in four if fa >= sft - 15]
-        assert ((hs, -fa) == min(within) if within else
-                (-fa, hs) == min((-fa, hs) for hs, fa in four)), m
 
 
 def test_the_other_lists_take_the_settings_that_were_chosen(searched):
     runs = {what: parsed(what, searched) for what in LISTS}
     for m in OWN:
-        expected = setting(runs["search"], f"search/{m}-{BEST[m]}", m)
-        assert setting(runs["table"], f"table/{m}", m) == expected, m
-        for what, path in ((w, p) for w in ("attacks", "long", "grid") for p in runs[w]):
-            if path == f"long/{m}" or path.startswith((f"attacks/{m}-", f"grid/{m}-")):
+        expected = setting(runs["search"], f"search/{m}-{BEST[m]}", m,
+                           aligned=f"search-{m}-{BEST[m]}")
+        assert setting(runs["table"], f"table/{tuned_name(m)}", m) == expected, m
+        if m in LONG:
+            assert setting(runs["long"], f"long/{m}", m, aligned=tuned_name(m)) == expected, m
+        for what, path in ((w, p) for w in ("attacks", "grid") for p in runs[w]):
+            if path.startswith((f"attacks/{m}-", f"grid/{m}-")):
                 assert setting(runs[what], path, m) == expected, path
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '[{"name": "sft", "hs": {"5": 1}}]'])
-def test_without_a_searchs_numbers_a_list_ends_with_one_sentence(tmp_path, capsys, text):
+def test_slack_is_what_the_flag_says(tmp_path):
+    """SBR's second setting has the lower HS and costs 4 points of FA."""
+    rows = {name: counts(300, 400) for m in OWN for name in settings_of(m)}
+    rows |= {"sft": counts(400, 400), "sbr-1": counts(100, 400), "sbr-2": counts(50, 380)}
+    path = search(tmp_path, rows)
+    for slack, best in ((3, 0), (4, 1)):
+        given = ["attacks", "--searched", str(path), "--slack", str(slack)]
+        runs = schedule.planned("attacks", schedule.parse(given))
+        lam, = {parse(schedule.command(r, Path("x"), [])[1:]).lam for r in runs
+                if r.path == "attacks/sbr-far"}
+        assert lam == float(SEARCH["sbr"][best].split()[-1])
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    (None, "No such file"), ("{", "no JSON"), ("[]", "has not the rows"), ("5", "has not the rows"),
+    ('[{"name": "sft", "hs": {"5": 1}}]', "has not the rows"),
+    ((ROOT / "docs/results/search-older.json").read_text(), "has not the rows")],
+    ids=["no file", "cut", "empty", "a number", "other rows", "an older search"])
+def test_without_a_searchs_numbers_a_list_ends_with_one_sentence(tmp_path, capsys, text, reason):
     path = tmp_path / "numbers.json"
     path.write_text(text) if text else None
     assert start("table", tmp_path / "out", "--searched", path) == 2
     said, = sentences(capsys.readouterr().err)
-    assert said.startswith("stress.schedule: ") and str(path) in said
+    assert said.startswith(f"stress.schedule: {path} ") and reason in said
+    assert said.endswith("with --searched.") and said.count(". ") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_that_lacks_a_method_is_named(tmp_path, capsys, searched):
+    rows = [row for row in json.loads(searched.read_text()) if row["method"] != "ewc"]
+    path = tmp_path / "numbers.json"
+    path.write_text(json.dumps(rows))
+    assert start("long", tmp_path / "out", "--searched", path) == 2
+    said, = sentences(capsys.readouterr().err)
+    assert f"{path} lacks ewc;" in said
 
 
 def cells(text):
@@ -257,21 +314,53 @@ def cells(text):
             if line.startswith("|")][2:]
 
 
-def test_the_table_has_a_row_a_run(tmp_path, searched, capsys):
+def test_the_table_has_a_row_a_run_with_every_number_that_it_has(tmp_path, searched, capsys):
     assert start("table", tmp_path, "--searched", searched, run=stand_in(made_up)) == 0
-    counts = {m: [made_up(m, what, 20) for what in ("hs", "fa", "over_refusal")]
-              for m in ("sft", *OWN)}
-    assert cells(capsys.readouterr().out) == [
-        [m, f"{hs / 5:.1f} ({hs / 10:.1f} to 100.0)", f"{hs / 6:.1f} ({hs / 11:.1f} to 99.0)",
-         f"{fa / 5:.1f}", f"{fa / 6:.1f}", f"{refused / 5:.1f}"]
-        for m, (hs, fa, refused) in counts.items()]
+    names = ["sft"]
+    for m in OWN:
+        published = m in PUBLISHED and tuned_name(m) == f"{m}-tuned"
+        names += [f"{m}-published", tuned_name(m)] if published else [tuned_name(m)]
+    found = cells(capsys.readouterr().out)
+    assert [row[0] for row in found] == names
+    for name, _, *numbers, _ in found:
+        hs, *others = (made_up(name, rate, 20) for rate in (
+            "hs", "fa", "fa_content", "over_refusal"))
+        assert numbers == [f"{hs / 5:.1f} ({hs / 10:.1f} to 100.0)", *(
+            f"{k / 5:.1f}" for k in others)]
+    rows = json.loads((tmp_path / "table.json").read_text())
+    rows[0]["last"]["hs_lost"] = 33.3  # a number that an evaluation may have gets its own column
+    head, _, first, *_ = schedule.show(rows).splitlines()
+    assert head.split(" | ")[3] == "hs_lost" and first.split(" | ")[3] == "33.3"
 
 
-def test_a_run_of_an_older_version_has_a_row_without_its_newer_numbers():
-    row = {"name": "sft", "hs": {"20": 79.2}, "hs_lost": {"20": None}, "fa": {"20": 78.6},
-           "fa_content": {"20": None}, "hs_interval": None, "hs_lost_interval": None,
-           "over_refusal": {"20": 0.0}}
-    assert cells(schedule.show([row])) == [["sft", "79.2", "-", "78.6", "-", "0.0"]]
+def test_a_stage_that_is_shorter_than_the_published_one_is_called_under_budgeted(
+        tmp_path, searched, capsys):
+    rates = {"hs": 40, "fa": 400, "fa_content": 490, "over_refusal": 36}
+    assert start("table", tmp_path, "--searched", searched,
+                 run=stand_in(lambda name, rate, _: rates[rate] + 26 * (
+                     rate == "over_refusal" and name == "sbr-published"))) == 0
+    remarks = {row[0]: row[-1] for row in cells(capsys.readouterr().out)}
+    expected = {"vaccine": "20,000", "t-vaccine": "4,000", "booster": "10,000"}
+    for m, updates in expected.items():
+        assert remarks[f"{m}-tuned"] == (
+            f"under-budgeted: aligned in 640 updates, as published in {updates}")
+    assert remarks["vaccine-published"].startswith("under-budgeted: aligned in 10,000 updates")
+    assert "over-refusal more than 5 points" in remarks.pop("sbr-published")  # 7.2 -> 12.4
+    others = [name for name in remarks if not name.startswith(tuple(expected))]
+    assert not any(remarks[name] for name in others)  # 160 of 160 for DeepAlign's
+
+
+def test_a_plan_counts_what_the_runs_would_make_and_makes_nothing(tmp_path, capsys):
+    assert start("search", tmp_path / "out", "--plan") == 0
+    said = capsys.readouterr().out
+    printed = [f"    {line}" for line in said.splitlines() if line.startswith("|")]
+    assert "\n".join(printed) in (ROOT / "docs/baselines.md").read_text()
+    rows = {row[0]: row[1:] for row in cells(said)}
+    assert rows["sft"][:5] == ["1", "640", "640", "20,480", "2"]
+    assert rows["sbr"][:4] == ["8", "5,120", "5,120", "163,840"]
+    booster = 8 * 4 * 640 + 3 * 2000 + 640  # passes: aligned thrice and attacked, as published
+    assert rows["booster"][2] == f"{booster:,}"
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_long_schedule_shows_hs_beside_what_is_watched_and_since_when_it_is_above_30(
@@ -368,7 +457,8 @@ def test_a_second_start_makes_nothing_again_and_refuses_what_other_flags_made(
 
     before = state()
     assert real(inputs, made, RUNS) == 0 and state() == before
-    assert [line[5] for line in cells(capsys.readouterr().out)] == ["-", "-"]  # no look-alikes
+    head = capsys.readouterr().out.splitlines()[0]
+    assert " FA " in head and "over-refusal" not in head  # there are no look-alikes
     assert real(inputs, made, RUNS, n=8) == 2 and state() == before
     said, = sentences(capsys.readouterr().err)
     assert str(Path("aligned/sft-align")) in said
@@ -386,7 +476,7 @@ def test_a_run_that_fails_ends_the_list_and_keeps_those_that_wait_from_starting(
     log = tmp_path / "aligned" / "bad.log"
     assert str(log) in said and "nowhere.jsonl" in log.read_text()
     assert {p.name for p in log.parent.iterdir()} == {"good", "good.log", "bad.log"}
-    assert {p.name for p in tmp_path.iterdir()} == {"aligned", "validation.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {"aligned"}
     assert (log.parent / "good" / "result.json").exists()
 
 

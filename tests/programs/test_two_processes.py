@@ -149,6 +149,17 @@ def test_a_run_of_two_processes_is_that_of_one(inputs, run_of_one, tmp_path, how
     assert json.loads((tmp_path / "out/config.json").read_text())["worked_out"]["processes"] == 2
 
 
+def test_two_processes_ask_the_aligned_model_what_one_asks(inputs, tmp_path):
+    """Where epoch 0 is not evaluated: the harmful prompts, before the first update."""
+    late = RUN | {"eval_epochs": "12"}
+    finish(program("train.py", flags(inputs, **late, out="one"), cwd=tmp_path))
+    finish(torchrun(2, "train.py", flags(inputs, **late, out="two"), cwd=tmp_path))
+    check_same_run(tmp_path / "two", tmp_path / "one")
+    records = read_lines(tmp_path / "two" / "generations.jsonl")
+    assert [r["kind"] for r in records if r["epoch"] == 0] == ["harmful"] * 5
+    assert all(r["before"] for r in records if r["kind"] == "harmful")
+
+
 def process_of(run, number):
     """The pid of the process that torchrun gave this RANK, working beside the run's folder."""
     for status in Path("/proc").glob("[0-9]*"):
