@@ -488,6 +488,14 @@ def numbers_of(prompts: list[dict], name: str, K: int) -> list[float]:
     return [p[name] for p in prompts]
 
 
+def reach_of_fall(o: Outcome) -> float:
+    """The reach below which as many prompts lie as fell; infinite where all fell, NaN for none."""
+    by_reach = sorted(numbers_of(o.fell + o.survived, "reach", o.K))
+    if not by_reach:
+        return math.nan
+    return [*by_reach, math.inf][len(o.fell)]
+
+
 def mean_coverage(o: Outcome) -> float:
     """Over all test prompts that were predicted."""
     return statistics.mean(numbers_of(o.predictions.prompts, "coverage", o.K))
@@ -495,11 +503,12 @@ def mean_coverage(o: Outcome) -> float:
 
 def comparison(outcomes: list[Outcome]) -> str:
     """HS beside the mean coverage, and how well each number told survivors from fallen."""
-    lines = [f"{'run':32}{'K':>4}{'coverage':>10}{'HS':>7}{'lost':>13}   AUC: "
+    lines = [f"{'run':32}{'K':>4}{'coverage':>10}{'HS':>7}{'lost':>13}{'at reach':>10}   AUC: "
              + "".join(f"{name:>10}" for name in TOLD_BY)]
     for o in outcomes:
         lost = f"{len(o.fell)} of {len(o.fell) + len(o.survived)}"
-        line = f"{o.run[-31:]:32}{o.K:>4}{mean_coverage(o):>10.3f}{o.hs:>7.1f}{lost:>13}        "
+        line = f"{o.run[-31:]:32}{o.K:>4}{mean_coverage(o):>10.3f}{o.hs:>7.1f}{lost:>13}"
+        line += f"{reach_of_fall(o):>10.3f}        "
         for name in TOLD_BY:
             told = auc(numbers_of(o.survived, name, o.K), numbers_of(o.fell, name, o.K))
             line += f"{'-' if math.isnan(told) else format(told, '.3f'):>10}"

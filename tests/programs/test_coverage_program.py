@@ -149,7 +149,8 @@ def test_each_number_is_scored_by_how_well_it_told_survivors_from_fallen(predict
     assert heads.split()[-4:] == ["margin", "cosine", "coverage", "reach"]
     assert line.split()[-4:] == expected
     assert line.split()[1:3] == ["2", f"{about['by_K']['2']['coverage']:.3f}"]
-    assert "2 of 3" in line
+    reaches = sorted(p["reach"]["2"] for p in prompts[:3])
+    assert f"2 of 3{reaches[2]:10.3f}" in line  # two of the three lie below the third
     assert source.startswith(f"{predicted}: written {about['date']} at commit ")
 
 
@@ -210,6 +211,17 @@ def test_auc_is_the_share_of_pairs_in_which_the_survivor_leads():
     assert coverage.auc([3.0, 0.0], [1.0, 1.0]) == 0.5
     assert coverage.auc([1.0, 2.0], [1.0]) == 0.75  # a tie is half a pair
     assert coverage.auc([], [1.0]) != coverage.auc([], [1.0])  # NaN: there is nothing to tell
+
+
+def test_the_reach_of_fall_is_where_as_many_prompts_lie_below_as_fell():
+    def outcome(fell, survived):
+        lines = [[{"reach": {"1": value}} for value in values] for values in (fell, survived)]
+        return coverage.Outcome("run", 1, None, 50.0, survived=lines[1], fell=lines[0])
+
+    assert coverage.reach_of_fall(outcome(fell=[0.1, 0.3], survived=[0.2, 0.4])) == 0.3
+    assert coverage.reach_of_fall(outcome(fell=[], survived=[0.2, 0.4])) == 0.2
+    assert coverage.reach_of_fall(outcome(fell=[0.1], survived=[])) == float("inf")
+    assert str(coverage.reach_of_fall(outcome(fell=[], survived=[]))) == "nan"
 
 
 def test_both_figures_are_written(predicted, run, tmp_path):
