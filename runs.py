@@ -136,7 +136,7 @@ NUMBERS = {
     **dict.fromkeys([f"{rate}_design_effect" for rate in RATES], FROM_0),
     **dict.fromkeys(("unjudged", "unjudged_prefilled", "uncompared", "degenerate", "unfinished"),
                     LENGTH),
-    **dict.fromkeys(("max_new", "hs_long_max_new"), COUNT),
+    **dict.fromkeys(("max_new", "hs_long_max_new", "judge_max_len", "judge_tokens"), COUNT),
     **dict.fromkeys(("words_judged_harmful", "words_harmful", "words_task", "words_lookalike"),
                     FROM_0),
 }

@@ -26,6 +26,7 @@ import math
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle
@@ -46,7 +47,7 @@ from data import mixture
 from data.choice import choose_anchors
 from data.rows import last_user
 from device import device_and_dtype, peak_bytes
-from eval import of_kind, one_line, prompt_keys
+from eval import of_kind, one_line
 from files import json_line, make_folder, read_lines, write_atomic
 from lora import LoRALinear
 from model import UserError, to_fp32
@@ -236,6 +237,16 @@ def summed_up(span: Span, margin: Tensor, h: Tensor, anchor_passes: list[Forward
             nearest = torch.maximum(nearest, cosine.cpu())
         found.cosine[K] = nearest
     return found
+
+
+def prompt_keys(records: list[dict]) -> list[tuple[str, int]]:
+    """For each record its prompt and how often that came before: conversations may end alike."""
+    n_before = Counter()
+    keys = []
+    for r in records:
+        keys.append((r["prompt"], n_before[r["prompt"]]))
+        n_before[r["prompt"]] += 1
+    return keys
 
 
 # Predictions: from a model to a file

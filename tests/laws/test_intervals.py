@@ -347,3 +347,12 @@ def test_the_docs_state_the_coverage_of_differences_and_ours_is_near_95_or_above
                 found, width = difference_coverage(up, down, rho, n, rounds=1000)
                 check_docs((n, rho, 100 * up, 100 * down), list(found.values()), width)
                 assert found["ours"] >= 91
+
+
+def test_a_difference_of_all_prompts_has_the_width_of_a_rate_of_all():
+    groups = [i // 2 for i in range(100)]
+    low, high = difference_interval([False] * 100, [True] * 100, groups)
+    rate_low, _ = rate_interval([True] * 100, groups)
+    assert high == 100 and rate_low - 4 < low < 100
+    low, high = difference_interval([True] * 100, [False] * 100, groups)
+    assert low == -100 and -100 < high < 4 - rate_low
