@@ -150,8 +150,7 @@ class Span:
 
     def add(self, J: list[Tensor], g: list[Tensor]) -> None:
         """J: of each anchor (C, p), g: of each test prompt (p,), of some p entries of the B's."""
-        p = J[0].shape[1] if J else g[0].shape[0]
-        for start in range(0, p, COLUMNS):
+        for start in range(0, len(g[0]), COLUMNS):
             some = slice(start, start + COLUMNS)
             g_wide = torch.stack([its[some] for its in g]).double()  # (tests, columns)
             self.squared += g_wide.square().sum(dim=1)
