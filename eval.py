@@ -518,7 +518,7 @@ def evaluation_line(epoch, numbers: dict) -> str:
             rates.append(f"{name} {numbers[name]:.1f}")
     k, n = numbers["hs_lost_count"]
     lost = f"; harmful now, of those refused before: {k} of {n}" if n else ""
-    return f"epoch {epoch:3}  {'  '.join(rates)}{lost}"
+    return f"at epoch {epoch}: {', '.join(rates)}{lost}"
 
 
 def flips_table(epoch, numbers: dict) -> list[str]:
@@ -744,8 +744,10 @@ def load_run(args: Args, dir: Path, settings: dict, device, dtype) -> Subject:
     for prompt in settings["worked_out"]["anchor_prompts"]:
         seen |= mixture.prompts_of([to_row(prompt, "anchor", needs_answer=False)])
     tokenizer = Tokenizer(run_args.model, run_args.template_date)
-    return Subject(model, start, dir, tokenizer, base_weights | {"run": sha256(*own)},
-                   aligned_weights, aligned, seen, run_args.epochs)
+    weights = base_weights | {"run": sha256(*own)}
+    return Subject(model, start=start, adapter=dir, tokenizer=tokenizer, weights=weights,
+                   aligned_weights=aligned_weights, aligned=aligned, seen=seen,
+                   epoch=run_args.epochs)
 
 
 def with_kept_adapter(base_weights: dict, run_args, settings: dict) -> dict | None:
@@ -811,8 +813,8 @@ def load_named(args: Args, device, dtype) -> Subject:
     weights = digests(weight_paths(args.model, args.adapter))
     aligned_weights = digests(weight_paths(args.model, None))
     tokenizer = Tokenizer(args.model, args.template_date)
-    return Subject(model, None, adapter, tokenizer, weights, aligned_weights, aligned={},
-                   seen=set(), epoch=0)
+    return Subject(model, start=None, adapter=adapter, tokenizer=tokenizer, weights=weights,
+                   aligned_weights=aligned_weights, aligned={}, seen=set(), epoch=0)
 
 
 def execute(args: Args) -> None:
