@@ -445,10 +445,10 @@ def outcome_of(run: str, predicted: list[Predictions]) -> Outcome:
 def mismatch(settings: dict, K: int, predictions: Predictions) -> str | None:
     """Why predictions are not of a run with these settings that holds K anchors; None: they are."""
     about = predictions.about
-    for name in ("model", "adapter"):
+    for name in ("model", "adapter", "tests"):
         if settings["sha256"].get(name) != about["sha256"].get(name):
             return f"another {name}"
-    for name in ("seed", "attack", "attack_prefix", "attack_suffix", "template_date"):
+    for name in ("seed", "n_test", "attack", "attack_prefix", "attack_suffix", "template_date"):
         if settings["args"].get(name) != about["args"].get(name):
             return f"{name} {about['args'].get(name)}, the run has {settings['args'].get(name)}"
     for name in ("rank", "alpha", "rslora"):
@@ -523,13 +523,14 @@ def comparison(outcomes: list[Outcome]) -> str:
 
 
 def began_before(outcomes: list[Outcome], predictions: Predictions) -> str:
-    """What to say of runs that began before their predictions were written, by their files."""
+    """What to say of runs that began before their predictions were written."""
     written = datetime.fromisoformat(predictions.about["date"]).timestamp()
     early = []
     for o in outcomes:
-        began = (Path(o.run) / "config.json").stat().st_mtime
-        if o.predictions.path == predictions.path and began < written:
-            early.append(o.run)
+        began = read_settings(o.run).get("began")  # a run of an older version does not say
+        if o.predictions.path == predictions.path and began:
+            if datetime.fromisoformat(began).timestamp() < written:
+                early.append(o.run)
     return f"; begun before that: {', '.join(early)}" if early else ""
 
 
@@ -546,7 +547,8 @@ def draw_predictions(predictions: Predictions, path) -> None:
     for K in fewest:
         scatter(left, predictions.prompts, K, f"K = {K}", "0.55", "x")
     left.legend(frameon=False, fontsize=8)
-    low, _, high = zip(*(means["coverage_quartiles"] for means in by_K.values()), strict=True)
+    low = [means["coverage_quartiles"][0] for means in by_K.values()]
+    high = [means["coverage_quartiles"][-1] for means in by_K.values()]
     right.fill_between(counts, low, high, color="0.85", label="quartiles")
     right.plot(counts, [means["coverage"] for means in by_K.values()], color="0", marker="o",
                label="mean")
