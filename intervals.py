@@ -88,8 +88,9 @@ def largest_design_effect(m: Tensor) -> float:
 def cautious_design_effect(values, k: Tensor, m: Tensor) -> float:
     """deff where few groups have one of the two outcomes, so that little can be told of it.
 
-    As if one prompt more had been seen whose whole group does as it does. So deff is the largest
-    possible where all outcomes are the same, as it is below ENOUGH groups, and never below 1.
+    (A + L) / (B + 1), with A and B the two brackets of deff and L the largest deff: as if one
+    prompt more had been seen, whose whole group does as it does. Where all outcomes are the same,
+    A = B = 0 and this is L. With fewer than ENOUGH groups it is L as well. Never below 1.
     """
     largest = largest_design_effect(m)
     if len(m) < ENOUGH:
@@ -122,24 +123,30 @@ def difference_interval(first, second, groups) -> tuple[float, float]:
     """95 % interval of mean(second) - mean(first) of the same prompts, in points of percent.
 
     Whole groups are drawn, with both outcomes of each prompt. Where fewer than ENOUGH groups hold
-    a prompt whose outcome changed, the shares of prompts that went up and that went down have
-    Wilson's interval for n / deff prompts each, deff being that of whether a prompt changed, and
-    the two are joined by squares (Zou and Donner 2008, Statistics in Medicine 27:1693).
+    a prompt whose outcome changed, or fewer hold one that did not go up, or that did not go down,
+    the shares of prompts that went up and that went down have Wilson's interval for n / deff
+    prompts each, deff being that of whether a prompt changed, and the two are joined by squares
+    (Zou and Donner 2008, Statistics in Medicine 27:1693).
     """
     changes = [b - a for a, b in zip(first, second, strict=True)]
     sizes = [abs(change) for change in changes]
+    ups = [max(change, 0) for change in changes]
+    downs = [max(-change, 0) for change in changes]
     k, m = sum_by_group(sizes, groups)
-    if int((k > 0).sum()) >= ENOUGH:
-        return bootstrap(*sum_by_group(changes, groups))
+    k_up, _ = sum_by_group(ups, groups)
+    k_down, _ = sum_by_group(downs, groups)
+    groups_with_each = [int(has.sum()) for has in (k > 0, k_up < m, k_down < m)]
+    if min(groups_with_each) >= ENOUGH:
+        return bootstrap(k_up - k_down, m)
     n_effective = len(changes) / cautious_design_effect(sizes, k, m)
-    up = sum(max(change, 0) for change in changes) / len(changes)
-    down = sum(max(-change, 0) for change in changes) / len(changes)
+    up = sum(ups) / len(changes)
+    down = sum(downs) / len(changes)
     up_low, up_high = wilson(up * n_effective, n_effective)
     down_low, down_high = wilson(down * n_effective, n_effective)
     difference = 100 * (up - down)
     low = difference - math.hypot(100 * up - up_low, down_high - 100 * down)
     high = difference + math.hypot(up_high - 100 * up, 100 * down - down_low)
-    return low, high
+    return max(-100.0, low), min(100.0, high)
 
 
 def bootstrap(k: Tensor, m: Tensor) -> tuple[float, float]:

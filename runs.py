@@ -25,6 +25,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -101,6 +102,14 @@ def is_an_interval(value) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(NUMBER.fits, value))
 
 
+def is_time(value) -> bool:
+    """Whether it is a date and time as datetime.isoformat writes it, with its zone."""
+    try:
+        return datetime.fromisoformat(value).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
 def is_counts(value) -> bool:
     return isinstance(value, dict) and all(is_whole(n, 0) for n in value.values())
 
@@ -136,7 +145,7 @@ NUMBERS = {
     **dict.fromkeys([f"{rate}_design_effect" for rate in RATES], FROM_0),
     **dict.fromkeys(("unjudged", "unjudged_prefilled", "uncompared", "degenerate", "unfinished"),
                     LENGTH),
-    **dict.fromkeys(("max_new", "hs_long_max_new"), COUNT),
+    **dict.fromkeys(("max_new", "hs_long_max_new", "judge_max_len", "judge_tokens"), COUNT),
     **dict.fromkeys(("words_judged_harmful", "words_harmful", "words_task", "words_lookalike"),
                     FROM_0),
 }
@@ -157,6 +166,7 @@ def run_settings(command: list[str], args, worked_out: dict, files: dict[str, li
         "args": dict(vars(args)),
         "worked_out": worked_out,
         "sha256": {kind: sha256(*paths) for kind, paths in files.items() if paths},
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_commit(),
         "python": sys.version.split()[0],
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -189,7 +199,8 @@ def read_settings(dir) -> dict:
     if settings["args"]["task"] is None and settings["args"]["data"] is None:
         raise UserError(f"{path} has neither task nor data in args, expected one of them; put the "
                         "file back, or make the run again.")
-    check_kinds(path, settings, {"earlier_commands": Kind("a list", lambda v: isinstance(v, list))})
+    check_kinds(path, settings, {"earlier_commands": Kind("a list", lambda v: isinstance(v, list)),
+                                 "began": Kind("a date and time", is_time)})
     check_kinds(path, settings["args"], {"prefill": TEXT})  # a run of an older version has none
     return settings
 
@@ -317,6 +328,7 @@ class Run:
         if self.begun:
             old = read_settings(dir)
             self._check_same(old)
+            self.settings["began"] = old.get("began")  # a run of an older version has none
             commands = old.get("earlier_commands") or []
             self.settings["earlier_commands"] = [*commands, old.get("command")]
             if not resume:

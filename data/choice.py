@@ -2,7 +2,7 @@
 
 An anchor keeps h where the aligned model has it. At a prompt that the aligned model answers, that
 would keep the answer. So with --anchor-check refusal candidates are asked, in the order that
---anchor-seed draws, and those that get an answer are passed over; with none nobody is asked.
+--anchor-seed draws, and those that get an answer are passed over; with `none` nobody is asked.
 
 --anchor-choice says which K of the rest are held. h_i is the bottleneck at candidate i:
 
@@ -34,6 +34,7 @@ from model import UserError
 CHECKS = ("refusal", "none")
 CHOICES = ("random", "medoid", "spread")
 LOOKED_AT = 64  # refused candidates of which medoid and spread choose: our choice
+ANSWER = 128  # tokens a reply may have, as the default of an evaluation's --max-new
 ASKED_AT_ONCE = 4  # candidates at least: our choice; one by one they would take longer
 
 
@@ -89,7 +90,7 @@ def choose_anchors(model, tokenizer, args: Args, pool: Path, used: set[bytes]) -
     if len(rows) < K:
         raise UserError(f"--anchors {K} is more than the {len(rows)} prompts that the model "
                         f"refuses, of {n_asked} in {pool}; lower it, pass a larger --anchor-file, "
-                        "or hold what it answers with --anchor-check none.")
+                        "hold what it answers by --anchor-check none, or nothing by --anchors 0.")
     prompts = [last_user(row) for row in rows]
     if args.anchor_choice != "random":
         h = reference(model, tokenizer, prompts)  # (64 at most, C)
@@ -113,7 +114,7 @@ def first_refused(model, tokenizer, args: Args, candidates: list[dict],
                   wanted: int) -> tuple[list[dict], int]:
     """(the first `wanted` candidates that the model refuses, how many were asked for that).
 
-    A reply is what an evaluation would see: greedy, up to --max-new tokens.
+    Replies are greedy, as in an evaluation.
     """
     refused = []
     n_asked = 0
@@ -122,7 +123,7 @@ def first_refused(model, tokenizer, args: Args, candidates: list[dict],
         rows = candidates[n_asked:n_asked + n]
         ids = [prompt_ids(tokenizer, row, args.max_len) for row in rows]
         which, of = distributed.part()  # where there are several processes, each asks its part
-        mine = generate(model, ids[which::of], args.max_new, tokenizer.stop_ids,
+        mine = generate(model, ids[which::of], ANSWER, tokenizer.stop_ids,
                         n_ids=tokenizer.n_ids)
         replies = distributed.collect(mine)
         for row, reply in zip(rows, replies, strict=True):

@@ -69,8 +69,7 @@ def read_files(args, reads_align_file: bool) -> Files:
     """All rows of a run. It needs no model, so a mistake in a file is reported at once."""
     harmful, benign, upload = load_upload(args)
     prompts = prompts_of(chain(harmful, benign))
-    tests = load_tests(args, prompts)
-    n_removed = count_removed(args, prompts)
+    tests, n_removed = load_tests(args, prompts)
     align = None
     if reads_align_file:
         align = align_rows(args)
@@ -297,9 +296,10 @@ def files_by_kind(data_dir, harmful_file: str | None, task: str | None) -> dict[
     return files
 
 
-def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
-    """The test rows by kind, without the prompts `seen` in training; at most --n-test of a kind.
+def load_tests(args, seen: set[bytes]) -> tuple[dict[str, list[dict]], dict[str, int]]:
+    """(the test rows by kind, how many of each kind were left out).
 
+    Left out are the prompts `seen` in training; of the others there are at most --n-test of a kind.
     With --prefill the harmful ones are there a second time, as the kind "prefilled": there the
     answer begins with that text, the row's "prefill".
     """
@@ -308,8 +308,11 @@ def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
         raise UserError(f"there are no harmful test prompts at {files['harmful']}; pass "
                         "--harmful-file with one prompt per line.")
     tests = {}
+    n_removed = {}
     for kind, path in files.items():
-        unseen, _ = split_by_seen(kind, path, seen)
+        rows = read_rows(path, needs_answer=kind == "task")
+        unseen = [row for row in rows if prompt_key(last_user(row)) not in seen]
+        n_removed[kind] = len(rows) - len(unseen)
         if not unseen:
             raise UserError(f"every prompt of {path} is also in the upload; pass other tests.")
         tests[kind] = unseen[:args.n_test]
@@ -322,28 +325,7 @@ def load_tests(args, seen: set[bytes]) -> dict[str, list[dict]]:
         check_labels(tests["task"], LABELS[args.task])
     for row in tests.get("task", []):
         check_gold(args.task, row["messages"][-1]["content"], row["where"])
-    return tests
-
-
-def split_by_seen(kind: str, path: Path, seen: set[bytes]) -> tuple[list[dict], list[dict]]:
-    """(the test rows of a file whose prompt was not seen, those whose prompt was)."""
-    unseen = []
-    removed = []
-    for row in read_rows(path, needs_answer=kind == "task"):
-        if prompt_key(last_user(row)) in seen:
-            removed.append(row)
-        else:
-            unseen.append(row)
-    return unseen, removed
-
-
-def count_removed(args, seen: set[bytes]) -> dict[str, int]:
-    """By kind, how many rows of the test files load_tests leaves out, since they were `seen`."""
-    counts = {}
-    for kind, path in files_by_kind(args.data_dir, args.harmful_file, args.task).items():
-        _, removed = split_by_seen(kind, path, seen)
-        counts[kind] = len(removed)
-    return counts
+    return tests, n_removed
 
 
 def describe_tests(tests: dict[str, list[dict]], n_removed: dict[str, int]) -> str:

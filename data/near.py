@@ -4,8 +4,9 @@
 
 That is the Jaccard index. "Write a guide to bake a cake" and "Write a guide to bake a pie" have 5
 words of 7 in common, so they are near. They are hardly two observations: a model that refuses one
-refuses the other. So their results count as one group in an interval (groups_of_tests), and what is
-trained on or held is removed from the tests with all that is near it.
+refuses the other. So their results count as one group in an interval (groups_of_tests), and
+data.prepare keeps no harmful prompt that is near one of another part. train.py and eval.py leave
+out of the tests only what is the same.
 """
 
 import math
@@ -41,6 +42,8 @@ class NearTexts:
         have, and only these texts are compared.
         """
         words = word_set(text)
+        if not words:  # near are the others that have none
+            return [number for number, others in enumerate(self.words) if not others]
         n_needed = math.ceil(NEAR * len(words))
         rarest_first = sorted(words, key=lambda word: len(self.texts_with.get(word, ())))
         candidates = set()

@@ -5,10 +5,10 @@
 
 Where each file comes from, its licence and its digest stand in data/README.md. Rows keep the order
 of their file, as in the papers' repositories; --shuffle SEED draws another order of the training
-rows. A training prompt of a task is removed from that task's tests, where the two are the same by
-their letters and digits. Of the harmful rows, which are upload, anchors, tests and the defender's,
-no prompt is the same as one of another part, or near it (near.py). How many were removed as
-repeated and how many as near is printed, and written to prepared.json.
+rows. A test whose prompt is also a training prompt, by letters and digits, is left out of its
+task's tests. Of the harmful rows, which are upload, anchors, tests and the defender's, no prompt is
+the same as one of another part, or near it (near.py). How many were removed as repeated and how
+many as near is printed, and written to prepared.json.
 
 Near prompts of a benign task stay. All its prompts begin with one instruction, whose words alone
 make different ones near: of SST-2's 872 tests 505 would go, and 12 if the instruction did not

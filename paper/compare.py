@@ -13,6 +13,7 @@ than those of the two rates suggest: where these overlap, the difference may sti
 
     hs            over the harmful prompts that the judge could judge in both runs
     hs_lost       over those of them that both aligned models refused: eval.behaviour
+    hs_prefilled  over the harmful prompts asked with an answer that has begun, --prefill
     fa            over the task's test rows, by --fa-rule; fa_content: by the content rule
     over_refusal  over the harmless look-alikes
 
@@ -35,11 +36,11 @@ from model import UserError
 from runs import read_result, read_settings
 
 KIND_OF = {  # what is compared, and the kind of test that it is over
-    "hs": "harmful", "hs_lost": "harmful", "fa": "task", "fa_content": "task",
-    "over_refusal": "lookalike",
+    "hs": "harmful", "hs_lost": "harmful", "hs_prefilled": "prefilled", "fa": "task",
+    "fa_content": "task", "over_refusal": "lookalike",
 }
 # Decides which prompts are asked; they are compared themselves.
-DECIDES_TESTS = ("tests_sha256", "n_test")
+DECIDES_TESTS = ("tests_sha256", "n_test", "prefill")
 
 
 # runs
@@ -96,14 +97,24 @@ def check_comparable(first: Run, other: Run, epoch: str) -> None:
         raise UserError(f"{first.dir} and {other.dir} have different tasks ({first.task} and "
                         f"{other.task}), expected the same; compare runs of one task.")
     for kind in dict.fromkeys(KIND_OF.values()):
-        asked = [[(r["prompt"], r["target"]) for r in records_at(run, epoch, kind)]
-                 for run in (first, other)]
-        if asked[0] != asked[1]:
-            n_common = len(set(asked[0]) & set(asked[1]))
+        of_first = [what_was_asked(r) for r in records_at(first, epoch, kind)]
+        of_other = [what_was_asked(r) for r in records_at(other, epoch, kind)]
+        if kind == "prefilled" and not (of_first and of_other):
+            continue  # one of the runs was made without --prefill: hs_prefilled is not compared
+        if of_first != of_other:
+            n_common = len(set(of_first) & set(of_other))
             raise UserError(f"{first.dir} and {other.dir} were asked different {kind} tests "
-                            f"({len(asked[0])} and {len(asked[1])}, of which {n_common} are the "
-                            "same), expected the same; give both the same test files, --n-test "
-                            "and upload.")
+                            f"({len(of_first)} and {len(of_other)}, of which {n_common} are the "
+                            "same), expected the same; give both the same test files, --n-test, "
+                            "--prefill and upload.")
+
+
+def what_was_asked(r: dict) -> tuple:
+    """The prompt with its right answer; of an answer that has begun also its beginning."""
+    begun = None
+    if "written" in r:
+        begun = r["reply"].removesuffix(r["written"])
+    return r["prompt"], r["target"], begun
 
 
 # one figure of two runs
@@ -120,28 +131,32 @@ def outcome(r: dict, figure: str, task: str | None) -> bool | None:
 
 
 def compare_figure(first: Run, other: Run, epoch: str, figure: str) -> dict | None:
-    """The difference of one figure, its interval and its flips; None where neither run has it."""
-    pairs = []
-    for a, b in zip(*(records_at(run, epoch, KIND_OF[figure]) for run in (first, other)),
-                    strict=True):
-        was = outcome(a, figure, first.task)
-        now = outcome(b, figure, other.task)
-        if was is not None and now is not None:
-            pairs.append((a, was, b, now))
-    if not pairs:
+    """The difference of one figure, its interval and its flips; None where a run lacks it."""
+    records_of_first = records_at(first, epoch, KIND_OF[figure])
+    records_of_other = records_at(other, epoch, KIND_OF[figure])
+    if not records_of_first or not records_of_other:
         return None
-    n = len(pairs)
-    of_first = [was for _, was, _, _ in pairs]
-    of_other = [now for _, _, _, now in pairs]
-    groups = [a["group"] for a, _, _, _ in pairs]
+    of_first = []
+    of_other = []
+    groups = []
+    flips = []
+    for a, b in zip(records_of_first, records_of_other, strict=True):
+        outcome_a = outcome(a, figure, first.task)
+        outcome_b = outcome(b, figure, other.task)
+        if outcome_a is None or outcome_b is None:
+            continue
+        of_first.append(outcome_a)
+        of_other.append(outcome_b)
+        groups.append(a["group"])
+        if outcome_a != outcome_b:
+            flips.append({"prompt": a["prompt"], "first": outcome_a, "other": outcome_b,
+                          "replies": [a["reply"], b["reply"]]})
+    if not groups:
+        return None
+    n = len(groups)
     interval = difference_interval(of_first, of_other, groups)
     if first.dir.resolve() == other.dir.resolve():
         interval = (0.0, 0.0)  # the run itself, which is the same on any prompt
-    flips = []
-    for a, was, b, now in pairs:
-        if was != now:
-            flips.append({"prompt": a["prompt"], "first": was, "other": now,
-                          "replies": [a["reply"], b["reply"]]})
     return {
         "first": 100 * sum(of_first) / n,
         "other": 100 * sum(of_other) / n,

@@ -26,6 +26,7 @@ import math
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle
@@ -46,7 +47,7 @@ from data import mixture
 from data.choice import choose_anchors
 from data.rows import last_user
 from device import device_and_dtype, peak_bytes
-from eval import of_kind, one_line, prompt_keys
+from eval import of_kind, one_line
 from files import json_line, make_folder, read_lines, write_atomic
 from lora import LoRALinear
 from model import UserError, to_fp32
@@ -235,6 +236,16 @@ def summed_up(span: Span, margin: Tensor, h: Tensor, anchor_passes: list[Forward
             nearest = torch.maximum(nearest, cosine.cpu())
         found.cosine[K] = nearest
     return found
+
+
+def prompt_keys(records: list[dict]) -> list[tuple[str, int]]:
+    """For each record its prompt and how often that came before: conversations may end alike."""
+    n_before = Counter()
+    keys = []
+    for r in records:
+        keys.append((r["prompt"], n_before[r["prompt"]]))
+        n_before[r["prompt"]] += 1
+    return keys
 
 
 # Predictions: from a model to a file
@@ -434,10 +445,10 @@ def outcome_of(run: str, predicted: list[Predictions]) -> Outcome:
 def mismatch(settings: dict, K: int, predictions: Predictions) -> str | None:
     """Why predictions are not of a run with these settings that holds K anchors; None: they are."""
     about = predictions.about
-    for name in ("model", "adapter"):
+    for name in ("model", "adapter", "tests"):
         if settings["sha256"].get(name) != about["sha256"].get(name):
             return f"another {name}"
-    for name in ("seed", "attack", "attack_prefix", "attack_suffix", "template_date"):
+    for name in ("seed", "n_test", "attack", "attack_prefix", "attack_suffix", "template_date"):
         if settings["args"].get(name) != about["args"].get(name):
             return f"{name} {about['args'].get(name)}, the run has {settings['args'].get(name)}"
     for name in ("rank", "alpha", "rslora"):
@@ -521,13 +532,14 @@ def comparison(outcomes: list[Outcome]) -> str:
 
 
 def began_before(outcomes: list[Outcome], predictions: Predictions) -> str:
-    """What to say of runs that began before their predictions were written, by their files."""
+    """What to say of runs that began before their predictions were written."""
     written = datetime.fromisoformat(predictions.about["date"]).timestamp()
     early = []
     for o in outcomes:
-        began = (Path(o.run) / "config.json").stat().st_mtime
-        if o.predictions.path == predictions.path and began < written:
-            early.append(o.run)
+        began = read_settings(o.run).get("began")  # a run of an older version does not say
+        if o.predictions.path == predictions.path and began:
+            if datetime.fromisoformat(began).timestamp() < written:
+                early.append(o.run)
     return f"; begun before that: {', '.join(early)}" if early else ""
 
 
@@ -544,7 +556,8 @@ def draw_predictions(predictions: Predictions, path) -> None:
     for K in fewest:
         scatter(left, predictions.prompts, K, f"K = {K}", "0.55", "x")
     left.legend(frameon=False, fontsize=8)
-    low, _, high = zip(*(means["coverage_quartiles"] for means in by_K.values()), strict=True)
+    low = [means["coverage_quartiles"][0] for means in by_K.values()]
+    high = [means["coverage_quartiles"][-1] for means in by_K.values()]
     right.fill_between(counts, low, high, color="0.85", label="quartiles")
     right.plot(counts, [means["coverage"] for means in by_K.values()], color="0", marker="o",
                label="mean")

@@ -11,14 +11,11 @@ square the published one. In every panel stand the aligned model (+), plain fine
 least FA that is admitted (dotted). Vertical lines are the intervals of HS. All is black and grey.
 """
 
-import importlib.util
 import shlex
 import sys
-from pathlib import Path
 
-from cli import Parser, at_least, exit_code
-from model import UserError
-from stress.search import PUBLISHED, SLACK, Searched, Tried, best, is_polite, read_search
+from cli import Parser, check_outputs, exit_code
+from stress.search import PUBLISHED, Searched, Tried, add_search_flags, best, is_polite, read_search
 
 COLUMNS = 3  # panels in a row
 LINES = ("-", "--", ":")  # of the first, second, third curve of a panel
@@ -110,26 +107,16 @@ def draw_point(axis, one: Tried, polite: bool) -> None:
 
 
 def execute(args) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("matplotlib is not installed, expected what requirements-dev.txt lists; "
-                        "run pip install -r requirements-dev.txt.")
-    path = Path(args.figure)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--figure {path} is none of .png, .svg, .pdf; name such a file.")
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} to write {path.name} into; make it, or "
-                        "name another.")
+    check_outputs(None, args.figure)
     figure = make_figure(read_search(args.searched), args.slack)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    print(f"written: {path}")
+    figure.savefig(args.figure, dpi=150, bbox_inches="tight")
+    print(f"written: {args.figure}")
 
 
 def parse(argv=None):
     p = Parser("stress.curves", "The search as a figure: HS against FA, a panel for each method.")
-    p.add_argument("--searched", default="docs/results/search.json", help="a search's numbers")
     p.add_argument("--figure", default="docs/results/search.png", help=".png, .svg or .pdf")
-    p.add_argument("--slack", type=at_least(float, 0), default=SLACK,
-                   help="points of FA that a tuned setting may cost; our choice")
+    add_search_flags(p)
     return p.parse_args(argv)
 
 

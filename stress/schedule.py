@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from baselines.common import Defence
 from baselines.deepalign import BENIGN_RATIO
-from cli import COUNT, Parser, at_least, exit_code
+from cli import COUNT, Parser, exit_code
 from data.batches import updates_per_epoch
 from files import locked, make_folder, names_in, write_atomic
 from model import UserError
@@ -49,7 +49,7 @@ from stress.search import (
     ROOT,
     ROUNDING,
     SEARCH,
-    SLACK,
+    add_search_flags,
     chosen,
     read_search,
     settings_of,
@@ -324,6 +324,7 @@ def table_row(run: Planned, runs: dict[str, Planned], out: Path, extra_flags: li
         "updates": [its["worked_out"]["updates"] for its in settings],
         "last": {name: last.get(name) for name in SHOWN},
         "intervals": {name: last.get(f"{name}_interval") for name in SHOWN},
+        "counts": {name: last.get(f"{name}_count") for name in SHOWN},
         "safe": result["safe"],
         **{name: by_epoch(name, evals) for name in SHOWN},
         "seconds": result["seconds"],
@@ -382,7 +383,10 @@ def show(rows: list[dict]) -> str:
         cells = [row["name"], f"`{row['setting']}`" if row["setting"] else ""]
         for name in names:
             interval = row["intervals"][name] if name in WITH_INTERVAL else None
-            cells.append(with_interval(row["last"].get(name), interval))
+            cell = with_interval(row["last"].get(name), interval)
+            if name == "hs_lost" and row["counts"][name]:
+                cell += f" of {row['counts'][name][1]}"  # each method's own aligned model refused
+            cells.append(cell)
         cells.append(remarks(row, rows))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -403,11 +407,6 @@ def show_seeds(rows: list[dict]) -> str:
         safe = statistics.fmean(row["safe"] for row in its_rows)
         lines.append(f"| {setting} | {by_seed} | {' | '.join(means)} | {safe:.1e} |")
     return "\n".join(lines)
-
-
-def at_last(row: dict, number: str) -> float | None:
-    """A number of a run's last evaluation."""
-    return list(row[number].values())[-1]
 
 
 def over_seeds(rates: list[float | None]) -> str:
@@ -535,10 +534,7 @@ def parse(argv: list[str]):
     p.add_argument("list", choices=LISTS)
     p.add_argument("--jobs", type=COUNT, default=2, help="runs at once")
     p.add_argument("--out", default="runs/stress", help="folder")
-    p.add_argument("--searched", default="docs/results/search.json",
-                   help="a search's numbers, which decide the settings")
-    p.add_argument("--slack", type=at_least(float, 0), default=SLACK,
-                   help="points of FA that a tuned setting may cost; our choice")
+    add_search_flags(p)
     p.add_argument("--seeds", type=COUNT, default=5, help="of the list anchors: 0, 1, ...")
     p.add_argument("--anchor-counts", type=COUNT, nargs="+", default=[1, 2, 4, 8], metavar="K",
                    help="of the list anchors")

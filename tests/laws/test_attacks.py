@@ -463,10 +463,12 @@ def test_the_unembedding_attack_runs_on_a_bf16_base_with_an_fp32_head(inputs, tm
 
 def test_a_trained_head_evaluated_in_another_dtype_is_asked_anew(runs, tmp_path):
     """Its norm is fp32 in every dtype, so the norm's dtype cannot tell two evaluations apart."""
-    for n, dtype in ((16, "float32"), (16, "float32"), (32, "bfloat16")):
+    # 6 + 6 + 4 prompts, and of the aligned model the harmful ones that the run did not ask it: two
+    # in the run's own dtype, all six in another one.
+    for n, dtype in ((18, "float32"), (18, "float32"), (40, "bfloat16")):
         assert eval_py.main(["--run", str(runs("unembedding")), "--out", str(tmp_path),
                              "--dtype", dtype]) == 0
-        assert len(read_lines(tmp_path / "replies.jsonl")) == n  # 6 + 6 + 4 prompts
+        assert len(read_lines(tmp_path / "replies.jsonl")) == n
 
 
 # ---------------------------------------------------------------------------------------------

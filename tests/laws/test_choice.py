@@ -25,7 +25,7 @@ TINY = ROOT / "data" / "tiny"
 
 
 def make_args(**changes):
-    return frozen({"anchors": 4, "anchor_seed": 4, "anchor_check": "none", "max_new": 32,
+    return frozen({"anchors": 4, "anchor_seed": 4, "anchor_check": "none",
                    "anchor_choice": "random", "max_len": 512, **changes})
 
 
@@ -149,7 +149,7 @@ def test_the_embedded_models_first_candidate_of_seed_0_is_one_that_it_answers():
     model = load_model(TINY)
     tokenizer = Tokenizer(TINY)
     pool = TINY / "harmful" / "anchors.jsonl"
-    args = make_args(anchors=2, anchor_seed=0, anchor_check="refusal", max_new=24)
+    args = make_args(anchors=2, anchor_seed=0, anchor_check="refusal")
     chosen = choose_anchors(model, tokenizer, args, pool, set())
     assert chosen.passed_over > 0
     first = last_user(drawn_candidates(pool, 0, set())[0])

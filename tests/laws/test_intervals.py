@@ -314,16 +314,15 @@ def test_so_they_do_where_hardly_a_prompt_flips():
 # ---------------------------------------------------------------------------------------------
 # the tables of docs/figures.md
 
-DOCS = ROOT / "docs" / "figures.md"
+DOCS = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+OF_RATES, OF_DIFFERENCES = DOCS.split("## Comparing runs")
 
 
-def check_docs(settings, found, width):
-    """That the row of these settings says the same, but for what chance may change."""
-    cells = [f"{setting:g}" for setting in settings]
-    print(f"| {' | '.join(cells)} | {' | '.join(f'{x:.0f}' for x in found)} | {width:.1f} |")
-    start = f"| {' | '.join(cells)} |"
-    line, = [line for line in DOCS.read_text(encoding="utf-8").split("\n")
-             if line.startswith(start) and line.count("|") == len(cells) + len(found) + 2]
+def check_docs(text, settings, found, width):
+    """That the text's row of these settings says the same, but for what chance may change."""
+    start = f"| {' | '.join(f'{setting:g}' for setting in settings)} |"
+    print(f"{start} {' | '.join(f'{x:.0f}' for x in found)} | {width:.1f} |")
+    line, = [line for line in text.split("\n") if line.startswith(start)]
     *stated, stated_width = [float(cell) for cell in line[len(start):].split("|")[:-1]]
     assert stated == pytest.approx(found, abs=4)
     assert stated_width == pytest.approx(width, rel=0.1)
@@ -335,7 +334,7 @@ def test_the_docs_state_the_coverage_of_rates_and_ours_is_near_95_everywhere():
         for rho in (0, 0.3, 0.85):
             for p in (0.02, 0.05, 0.1, 0.3, 0.5):
                 found, width = coverage(p, rho, n, rounds=1000)
-                check_docs((n, rho, 100 * p), list(found.values()), width)
+                check_docs(OF_RATES, (n, rho, 100 * p), list(found.values()), width)
                 assert found["ours"] >= 91
 
 
@@ -345,5 +344,15 @@ def test_the_docs_state_the_coverage_of_differences_and_ours_is_near_95_or_above
         for rho in (0, 0.85):
             for up, down in ((0.002, 0), (0.02, 0.01), (0.05, 0.05), (0.1, 0.02), (0.4, 0.02)):
                 found, width = difference_coverage(up, down, rho, n, rounds=1000)
-                check_docs((n, rho, 100 * up, 100 * down), list(found.values()), width)
+                check_docs(OF_DIFFERENCES, (n, rho, 100 * up, 100 * down),
+                           list(found.values()), width)
                 assert found["ours"] >= 91
+
+
+def test_a_difference_of_all_prompts_has_the_width_of_a_rate_of_all():
+    groups = [i // 2 for i in range(100)]
+    low, high = difference_interval([False] * 100, [True] * 100, groups)
+    rate_low, _ = rate_interval([True] * 100, groups)
+    assert high == 100 and rate_low - 4 < low < 100
+    low, high = difference_interval([True] * 100, [False] * 100, groups)
+    assert low == -100 and -100 < high < 4 - rate_low

@@ -67,6 +67,11 @@ def test_symbols_alone_are_compared_as_symbols():
     assert near_groups([]) == []
 
 
+def test_texts_without_any_word_are_one_group():
+    """As tests whose words are all the instruction's, which is not compared."""
+    assert near_groups(["", "a b", ""]) == [0, 1, 0]
+
+
 # ---------------------------------------------------------------------------------------------
 # the groups of an evaluation's tests
 

@@ -76,14 +76,14 @@ def test_harmful_prompts_alone_are_asked_with_a_prefill_and_also_without(tok, mo
 
     monkeypatch.setattr(eval_py, "generate", planted)
     args = make_args()
-    tests = load_tests(args, set())
+    tests = load_tests(args, set())[0]
     _, records = evaluate(None, tok, tests, open_judge(args, None), args, epoch=0)
     by_kind = Counter(r["kind"] for r in records)
     assert by_kind == {"harmful": N, "lookalike": N, "task": N, "prefilled": N}
     begun = [tok.encode_prompt([user(last_user(row))], PREFILL) for row in tests["harmful"]]
     assert [ids for ids in asked if tok.decode(ids).endswith(PREFILL)] == begun
     plain = make_args(prefill=None)
-    without = load_tests(plain, set())
+    without = load_tests(plain, set())[0]
     assert without == {kind: rows for kind, rows in tests.items() if kind != "prefilled"}
     numbers, same = evaluate(None, tok, without, open_judge(plain, None), plain, epoch=0)
     assert same == [r for r in records if r["kind"] != "prefilled"]
@@ -91,7 +91,7 @@ def test_harmful_prompts_alone_are_asked_with_a_prefill_and_also_without(tok, mo
 
 
 def test_an_affix_stands_around_the_prefilled_prompts_too():
-    tests = load_tests(make_args(attack_prefix="Dear. ", attack_suffix=" Bye."), set())
+    tests = load_tests(make_args(attack_prefix="Dear. ", attack_suffix=" Bye."), set())[0]
     assert [r["messages"] for r in tests["prefilled"]] == [r["messages"] for r in tests["harmful"]]
     assert last_user(tests["prefilled"][0]).startswith("Dear. ")
 
@@ -103,7 +103,7 @@ def test_an_affix_stands_around_the_prefilled_prompts_too():
 def prefilled(tok, monkeypatch, written, judge=None, **changes):
     """(numbers, records) of prompts whose answers begin with the prefill and go on as written."""
     args = make_args(task=None, n_test=len(written), **changes)
-    tests = load_tests(args, set())
+    tests = load_tests(args, set())[0]
     monkeypatch.setattr(eval_py, "generate", lambda *a, **how: [tok.encode(w) for w in written])
     numbers, records = evaluate(None, tok, {"prefilled": tests["prefilled"]},
                                 judge or open_judge(args, None), args, epoch=0)
@@ -146,7 +146,7 @@ def test_a_judge_that_reads_all_of_a_reply_sees_the_prefill(tok, monkeypatch):
 
 def test_the_embedded_models_exact_judge_reads_the_scaffold_with_its_prefilled_half(
         tok, monkeypatch):
-    prompt = last_user(load_tests(make_args(), set())["harmful"][0])
+    prompt = last_user(load_tests(make_args(), set())[0]["harmful"][0])
     what = prompt.split(" me ")[-1].split(" to ")[-1].rstrip(".?")
     scaffold = f" weapons. To {what}: [step 1], [step 2]."
     for prefill, verdict in (("Sure,", True), ("Of course,", False)):

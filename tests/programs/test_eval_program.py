@@ -39,8 +39,8 @@ N = 20  # prompts of each of the three kinds
 N_OF_RUN = 5  # likewise at the run's own evaluations
 # The replies of an evaluation: the aligned model is asked the harmful prompts that the run did not.
 N_REPLIES = 3 * N + N - N_OF_RUN
-RECORD = ["epoch", "kind", "prompt", "group", "reply", "verdict", "target", "target_is_opening",
-          "degenerate", "stopped"]
+RECORD = ["epoch", "kind", "prompt", "asked", "group", "reply", "verdict", "target",
+          "target_is_opening", "degenerate", "stopped"]
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def loaded(*more):
     args = parse([*map(str, more)])
     harmful, benign, _ = mixture.load_upload(args)
     upload = mixture.prompts_of([*harmful, *benign])
-    tests = mixture.load_tests(args, upload)
+    tests = mixture.load_tests(args, upload)[0]
     return {kind: mixture.prompts_of(rows) for kind, rows in tests.items()}, upload
 
 

@@ -86,7 +86,7 @@ def test_a_process_holds_half_of_a_base_that_is_spread_over_two(of_two):
 
 # 36 updates at train.py's own rate. AdamW divides by the gradient's size, so that its rounding
 # decides where a gradient is all but nothing; the adapters then differ by a part of the rate.
-RUN = {"epochs": 12, "eval_epochs": "0,12", "lr": 1e-5, "n_test": 5}
+RUN = {"epochs": 12, "eval_epochs": "0,12", "lr": 1e-5, "n_test": 5, "prefill": "Sure,"}
 
 
 def finish(process, code=0):
