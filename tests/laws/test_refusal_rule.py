@@ -264,7 +264,8 @@ def test_on_the_embedded_tasks_the_rule_says_what_the_keywords_said():
     assert refused == {reply for reply in replies if not reply.startswith("Sure, ")} != set()
 
 
-def test_long_replies_cost_no_time():
-    """A pattern that tried all ways to match would not end."""
-    for part in ("is a ", "being ", "to be, ", '"', "ing ", ". ", "i will not really "):
-        is_refusal(part * 5000)
+@pytest.mark.parametrize("part", ["is a ", "being ", "to be, ", '"', "ing ", ". ",
+                                  "i will not really ", "this is a crime. "])
+def test_a_long_reply_has_the_verdict_of_its_opening(part):
+    """And has it soon: a pattern that tried all ways to match would not end."""
+    assert is_refusal(part * 5000) == is_refusal(part * 500)

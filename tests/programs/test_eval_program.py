@@ -267,7 +267,9 @@ def test_a_runs_last_line_that_a_kill_cut_short_is_passed_over(run, here):
     copy = shutil.copytree(run, here / "copy")
     with open(copy / "generations.jsonl", "a") as f:
         f.write('{"epoch": 1, "kind": "har')
-    evaluate(run=copy, n_test=N_OF_RUN)
+    evaluate(run=copy, n_test=N_OF_RUN, out="of_copy")
+    evaluate(run=run, n_test=N_OF_RUN, out="of_run")
+    assert lines(here / "of_copy") == lines(here / "of_run") != []
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_the_aligned_model_is_asked(

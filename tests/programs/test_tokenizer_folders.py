@@ -352,17 +352,24 @@ def differing_from(hf, ours):
     return differ
 
 
-@pytest.mark.parametrize("name", BESIDE)
-def test_added_tokens_decoder_beside_a_model_has_transformers_ids(tmp_path, model_bytes, name):
-    tokens, legacy, prefix = BESIDE[name]
+@pytest.fixture(params=BESIDE)
+def with_added_tokens(request, tmp_path, model_bytes):
+    """A folder with added_tokens_decoder -> (ours, transformers', and that without the tokens)."""
+    tokens, legacy, prefix = BESIDE[request.param]
     n = n_pieces(model_bytes)
     more = {} if prefix is None else {"add_prefix_space": prefix}
     llama(tmp_path, model_bytes, legacy=legacy, **more,
           added_tokens_decoder={str(n + i): token for i, token in enumerate(tokens)})
     ours = Tokenizer(tmp_path)
-    assert differing_from(reference(model_bytes, tokens, legacy, **more), ours) == []
     assert ours.n_ids == n + len(tokens)
-    assert differing_from(reference(model_bytes, [], legacy, **more), ours) != []  # the control
+    return (ours, reference(model_bytes, tokens, legacy, **more),
+            reference(model_bytes, [], legacy, **more))
+
+
+def test_added_tokens_decoder_beside_a_model_has_transformers_ids(with_added_tokens):
+    ours, theirs, control = with_added_tokens
+    assert differing_from(theirs, ours) == []
+    assert differing_from(control, ours) != []
 
 
 def test_added_tokens_json_beside_a_model_has_transformers_ids(tmp_path, model_bytes):
@@ -373,18 +380,11 @@ def test_added_tokens_json_beside_a_model_has_transformers_ids(tmp_path, model_b
     assert differing_from(reference(model_bytes, tokens), Tokenizer(tmp_path)) == []
 
 
-@pytest.mark.parametrize("name", BESIDE)
-def test_a_begun_answer_has_transformers_ids_and_is_read_with_its_space(
-        tmp_path, model_bytes, name):
+def test_a_begun_answer_has_transformers_ids_and_is_read_with_its_space(with_added_tokens):
     """What is written behind it begins with "\u2581", which alone would be read as nothing."""
-    tokens, legacy, prefix = BESIDE[name]
-    n = n_pieces(model_bytes)
-    more = {} if prefix is None else {"add_prefix_space": prefix}
-    llama(tmp_path, model_bytes, legacy=legacy, **more,
-          added_tokens_decoder={str(n + i): token for i, token in enumerate(tokens)})
-    ours = Tokenizer(tmp_path)
-    assert differing_begun(reference(model_bytes, tokens, legacy, **more), ours) == []
-    assert differing_begun(reference(model_bytes, [], legacy, **more), ours) != []  # the control
+    ours, theirs, control = with_added_tokens
+    assert differing_begun(theirs, ours) == []
+    assert differing_begun(control, ours) != []
     prompt = ours.encode_prompt([user("hello")], "Sure two")
     reply = ours.encode_prompt([user("hello")], "Sure two spaces")[len(prompt):]
     assert ours.decode_begun(prompt, reply, "Sure two") == ("Sure two spaces", " spaces")
